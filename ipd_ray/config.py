@@ -1,0 +1,470 @@
+"""Every knob, in the order of the method. One frozen section a step; a step receives its own section only.
+
+The texts under the fields are also what `ipd-ray config` prints. The defaults are the full size (one GPU); the presets
+in `ipd_ray/presets/` change what they name.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from ipd_ray.errors import UserError, near_name
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """One step's knobs: frozen, no unknown fields, documented by the text under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Step 0, how the log is read."""
+
+    reward_transform: Literal["auto", "range", "std", "none"] = "auto"
+    """Scale that rewards are multiplied by everywhere but in reported scores. range: 1000 / (best - worst episode return);
+    std: 1 / std(reward); auto: range, or std where all episodes return the same; none: 1. Never a shift."""
+    discount: OpenFraction = 0.99
+    """gamma, per step: of returns, values, the planner's score and acceptance."""
+    holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    """Share of whole episodes that no value and no world model is trained on; they serve the diagnostics."""
+
+
+class ValuesConfig(Section):
+    """Step 1, implicit Q-learning: V, twin Q and an advantage-weighted behaviour policy."""
+
+    updates: PositiveInt = 500_000
+    """Gradient updates; one updates V, Q and the behaviour policy."""
+    batch_size: PositiveInt = 256
+    """Transitions an update."""
+    width: PositiveInt = 256
+    """Hidden units a layer, of every network here."""
+    layers: PositiveInt = 2
+    """Hidden layers of every network here."""
+    learning_rate: PositiveFloat = 3e-4
+    """Adam's step size; the behaviour policy's falls to zero along a cosine."""
+    expectile: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.7
+    """tau of V. 0.5 is the value of the behaviour; towards 1 it nears the best action in the data, and overestimates."""
+    prompt_expectile: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.9
+    """Expectile of the return-to-go that the `outcome` prompt asks for at run time."""
+    loss: Literal["square", "huber"] = "square"
+    """Shape of the expectile loss of V; huber is linear beyond one standard deviation of the returns."""
+    polyak: OpenFraction = 0.005
+    """Step of the target critics towards the critics."""
+    advantage_temperature: NonNegativeFloat = 3.0
+    """beta: behaviour-policy weights are min(exp(beta * A / mean|A|), 100). 0 is plain behaviour cloning."""
+    layer_norm: bool = True
+    """LayerNorm in Q and V: bounds how far values run away off the data (Ball et al. 2023)."""
+
+
+class WorldModelConfig(Section):
+    """Step 2, an ensemble of Gaussian dynamics models, its uncertainty, and termination."""
+
+    members: Annotated[int, Field(ge=2)] = 7
+    """Networks, each trained on its own bootstrap of the transitions."""
+    elites: Annotated[int, Field(ge=2)] = 5
+    """Members kept, by error on held-out episodes."""
+    width: PositiveInt = 200
+    """Hidden units a layer."""
+    layers: PositiveInt = 4
+    """Hidden layers."""
+    learning_rate: PositiveFloat = 1e-3
+    """Adam's step size; falls to a tenth along a cosine over max_epochs."""
+    weight_decay: NonNegativeFloat = 1e-5
+    """Decoupled weight decay."""
+    batch_size: PositiveInt = 256
+    """Transitions an update and member."""
+    max_epochs: PositiveInt = 60
+    """Passes over the training episodes, at most."""
+    max_updates: PositiveInt = 200_000
+    """Updates at most, whatever max_epochs says: the cap for large logs."""
+    patience: PositiveInt = 5
+    """Epochs without a better hold-out error after which training stops."""
+    divergence: Literal["primal", "dual"] = "primal"
+    """U, mean over elite pairs: primal geometric Jensen-Shannon, or dual (Bhattacharyya)."""
+    termination: str = "learned"
+    """`learned`: a head of the ensemble; `never`; `hopper` or `walker2d`: the environment's known rule; or
+    `package.module:function`, taking next observations (B, O) to a boolean (B,)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> WorldModelConfig:
+        if self.elites > self.members:
+            raise ValueError(
+                f"world_model.elites={self.elites} must be at most world_model.members={self.members}: "
+                "lower elites or raise members."
+            )
+        return self
+
+
+class SelectConfig(Section):
+    """Step 3, which states of the log to plan from."""
+
+    starts: PositiveInt = 20_000
+    """Start states wanted; fewer where the spacing and the cap an episode leave fewer."""
+    regret_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Starts come from this share of the steps, the ones with the highest V(s_t) - G_t."""
+    control_share: Fraction = 0.1
+    """Share of the starts drawn uniformly instead: the control group."""
+    episode_cap: Fraction = 0.05
+    """Share of the starts that one episode may hold at most; never less than one start."""
+
+
+class PlannerConfig(Section):
+    """Step 4, MPC inside the world model."""
+
+    kind: Literal["mpc", "greedy_q"] = "mpc"
+    """mpc: the paper's planner; greedy_q: the candidate with the best Q(s, a), no look-ahead (the control)."""
+    candidates: PositiveInt = 256
+    """N, action sequences a step and state. Rounded up to a multiple of world_model.elites."""
+    horizon: PositiveInt = 5
+    """H, model steps a plan looks ahead. Longer sees further and compounds model error."""
+    noise_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Std of the Gaussian noise around the behaviour policy's actions, in rescaled action units ([-1, 1])."""
+    temperature: PositiveFloat = 0.3
+    """lambda of MPPI, on scores standardised over the candidates: near 0 takes the best, large averages all."""
+    disagreement_penalty: NonNegativeFloat = 0.0
+    """Multiple of the std of the elites' value of the first step that is taken off a candidate's score."""
+
+
+class ImagineConfig(Section):
+    """Step 4, imagined segments and the files they lie in."""
+
+    length: PositiveInt = 10
+    """L, imagined steps a segment at most."""
+    shard_size: PositiveInt = 500
+    """Segments a shard: one shard is one task for an actor and one file."""
+
+
+class AcceptConfig(Section):
+    """Step 4, which imagined segments count. Applied when shards are read: a sweep over these imagines nothing anew."""
+
+    survival: OpenFraction = 0.5
+    """Share of held-out real L-step windows that the uncertainty threshold kappa lets pass whole; sets kappa."""
+    threshold: PositiveFloat | None = None
+    """kappa itself, in units of U; overrides survival. Carries over to no other task."""
+    min_length: PositiveInt = 3
+    """Steps that must be left after the cut, in [1, imagine.length]."""
+    margin: NonNegativeFloat = 0.1
+    """An accepted segment beats the data and V(s_0) by this many standard deviations of V."""
+    range_margin: NonNegativeFloat = 0.05
+    """Imagined observations may leave the log's range by this share of it."""
+
+
+class PolicyConfig(Section):
+    """Step 5, the causal Transformer."""
+
+    context: PositiveInt = 20
+    """K, steps the policy sees: prompt, observation and action of each."""
+    layers: PositiveInt = 4
+    """Blocks."""
+    heads: PositiveInt = 4
+    """Attention heads a block."""
+    width: PositiveInt = 256
+    """Model width; must be a multiple of heads."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout in training, of the sum into each block."""
+    max_timestep: PositiveInt = 1000
+    """Learned timestep embeddings; later steps share the last one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PolicyConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"policy.width={self.width} must be a multiple of policy.heads={self.heads}: change one of them."
+            )
+        return self
+
+
+class DistillConfig(Section):
+    """Step 5, distilling the log and the plans into the policy."""
+
+    updates: PositiveInt = 50_000
+    """Gradient updates."""
+    batch_size: PositiveInt = 128
+    """Windows an update, over all workers."""
+    learning_rate: PositiveFloat = 3e-4
+    """AdamW's step size after warm-up; falls to a tenth along a cosine."""
+    warmup: NonNegativeInt = 500
+    """Updates over which the step size rises from zero."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Decoupled weight decay."""
+    grad_clip: PositiveFloat = 1.0
+    """Norm that the gradient is clipped to."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the moving average of the weights, which is the policy that is kept; 0 keeps the last weights."""
+    eta: NonNegativeFloat = 0.5
+    """Weight of the value term - eta * Q(s, pi) / scale. 0 is pure imitation."""
+    eta_warmup: Fraction = 0.2
+    """Share of the updates over which eta rises from zero: a random policy asks Q where no data lies."""
+    critic_scale: Literal["std", "mean_abs"] = "std"
+    """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not shift-invariant)."""
+    imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Share of the imitated positions that are imagined."""
+    reuse_cap: PositiveFloat = 10.0
+    """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where few passed."""
+    data_temperature: NonNegativeFloat = 0.0
+    """Real steps are imitated with weight min(exp(this * A / mean|A|), 20) / mean; 0 weighs all alike (the paper)."""
+    prompt: Literal["value", "outcome", "fixed", "none"] = "value"
+    """What the policy is conditioned on. value: V(s); outcome: the return-to-go that followed, V's upper expectile when
+    acting; fixed: raw return-to-go and a hand-set target, as Decision Transformer; none: nothing."""
+    target_return: float | None = None
+    """Raw return asked for at run time by prompt=fixed; the log's best episode where not given."""
+
+
+class EvaluateConfig(Section):
+    """Step 6, the policy in the real environment."""
+
+    episodes: PositiveInt = 20
+    """Episodes, all advancing together."""
+    environment: str | None = None
+    """A Gymnasium id or `package.module:function` that makes the environment; the log's own where not given."""
+    seed: NonNegativeInt = 1000
+    """First seed of the environments; episode i uses seed + i."""
+    max_steps: PositiveInt | None = None
+    """Steps an episode at most; the environment's own limit where not given."""
+
+
+class RuntimeConfig(Section):
+    """How the work is carried out. In no key: changes nothing that is computed."""
+
+    engine: Literal["local", "ray"] = "local"
+    """local: processes of this machine, no ray needed; ray: actors and Ray Train workers."""
+    address: str | None = None
+    """Ray cluster to join (`auto`, `ray://...`, host:port); a cluster of this machine where not given."""
+    device: str = "auto"
+    """Torch device of every step; auto: cuda where there is one, else cpu."""
+    workers: PositiveInt = 1
+    """Distillation workers of the ray engine; the batch is shared among them."""
+    actors: Annotated[int, Field(ge=0)] = 0
+    """Imagination actors (ray) or processes (local); 0: as many as there are cores, or GPUs on cuda."""
+    gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of a GPU an imagination actor takes, on cuda."""
+    threads: PositiveInt = 1
+    """CPU threads of a values, world-model and imagination worker. Fixed, since the order of sums depends on it."""
+    train_threads: NonNegativeInt = 0
+    """CPU threads a distillation worker; 0: all cores over the workers."""
+    store: str | None = None
+    """Where artifacts shared by runs lie; `store` beside the runs where not given."""
+    checkpoint_seconds: PositiveFloat = 30.0
+    """Seconds between checkpoints of a training: what a kill can cost."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases logging."""
+    wandb_project: str = "ipd_ray"
+    """Weights & Biases project."""
+    tensorboard: bool = False
+    """TensorBoard event files in the run folder."""
+
+
+class RunConfig(Section):
+    """A whole run. `ipd-ray config` prints this with every bound."""
+
+    seed: NonNegativeInt = 0
+    """Of everything that is learned or sampled."""
+    ablations: tuple[Literal["bc", "no_imagination"], ...] = ()
+    """Also distilled and evaluated: bc (imitation alone, no prompt), no_imagination (the policy without D_aug)."""
+    data: DataConfig = DataConfig()
+    values: ValuesConfig = ValuesConfig()
+    world_model: WorldModelConfig = WorldModelConfig()
+    select: SelectConfig = SelectConfig()
+    planner: PlannerConfig = PlannerConfig()
+    imagine: ImagineConfig = ImagineConfig()
+    accept: AcceptConfig = AcceptConfig()
+    policy: PolicyConfig = PolicyConfig()
+    distill: DistillConfig = DistillConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.accept.min_length > self.imagine.length:
+            raise ValueError(
+                f"accept.min_length={self.accept.min_length} must lie in [1, imagine.length={self.imagine.length}]: "
+                "lower accept.min_length or raise imagine.length."
+            )
+        if self.runtime.workers > self.distill.batch_size:
+            raise ValueError(
+                f"runtime.workers={self.runtime.workers} must be at most distill.batch_size="
+                f"{self.distill.batch_size}: every worker needs a window of the batch."
+            )
+        if self.runtime.engine == "local" and self.runtime.workers > 1:
+            raise ValueError(
+                f"runtime.workers={self.runtime.workers} needs runtime.engine=ray: the local engine distils in one worker."
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """Return the names that `--preset` takes."""
+    folder = importlib.resources.files("ipd_ray") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return what a preset changes, as a nested mapping. Raises UserError for an unknown name."""
+    if name not in preset_names():
+        raise UserError(f"--preset {name!r} must be one of {', '.join(preset_names())}.{near_name(name, preset_names())}")
+    text = (importlib.resources.files("ipd_ray") / "presets" / f"{name}.yaml").read_text()
+    return yaml.safe_load(text) or {}
+
+
+def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every knob, in order."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from field_names(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted name: value} of a nested mapping of sections."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return {dotted name: value} of `name=value` words; values are read as YAML."""
+    flat: dict[str, Any] = {}
+    for word in overrides:
+        name, sep, text = word.partition("=")
+        if not sep:
+            raise UserError(f"{word!r} is not an override: write it as section.field=value, such as planner.horizon=8.")
+        try:
+            flat[name] = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise UserError(f"{name}={text!r} is not a YAML value: {str(error).splitlines()[0]}.") from error
+        if isinstance(flat[name], str):  # YAML 1.1 reads 3e-4 as text
+            try:
+                flat[name] = float(flat[name])
+            except ValueError:
+                pass
+    return flat
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return a config file's content as a nested mapping. Raises UserError where it cannot be read as one."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"--config {path} does not exist: `ipd-ray config > {path}` writes one to edit.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} cannot be read as YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold a mapping of sections, not {type(content).__name__}.")
+    return content
+
+
+def build(*layers: Mapping[str, Any]) -> RunConfig:
+    """Merge layers of {dotted name: value}, later ones winning, and check the whole.
+
+    Raises:
+        UserError: an unknown name (with the near name), or a value out of its bounds.
+    """
+    valid = list(field_names())
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name not in valid:
+                section = name.split(".")[0]
+                raise UserError(
+                    f"{name!r} is no field of the config.{near_name(name, valid)} "
+                    f"`ipd-ray config` lists all of them"
+                    + (f"; {section} is a section, its fields are named {section}.<field>." if "." not in name and
+                       any(v.startswith(section + ".") for v in valid) else ".")
+                )
+            merged[name] = value
+    nested: dict[str, Any] = {}
+    for name, value in merged.items():
+        *sections, leaf = name.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(e, merged) for e in error.errors())) from None
+
+
+def load(
+    preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Return the config of a preset, a file over it, and dotted overrides over both."""
+    return build(
+        flatten(preset(preset_name)) if preset_name else {},
+        flatten(read_yaml(path)) if path else {},
+        parse_overrides(overrides),
+    )
+
+
+def _explain(error: Any, given: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    value = given.get(name, error.get("input"))
+    return f"{name}={value!r} is not valid: {error['msg'].lower()}. `ipd-ray config` shows its meaning and bounds."
+
+
+def as_yaml(config: RunConfig) -> str:
+    """Return the config as YAML, each field under its meaning and bounds, ready to edit and to pass to --config."""
+    lines: list[str] = []
+
+    def add(section: BaseModel, indent: str) -> None:
+        for name, info in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, Section):
+                lines.extend(["", f"{indent}{name}:  # {_oneline(type(value).__doc__)}"])
+                add(value, indent + "  ")
+                continue
+            for text in (info.description or "").splitlines():
+                lines.append(f"{indent}# {text.strip()}")
+            plain = section.model_dump(mode="json")[name]
+            dumped = f"{name}: " + yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            bounds = _bounds(info.annotation, info.metadata)
+            lines.append(f"{indent}{dumped}" + (f"  # {bounds}" if bounds else ""))
+
+    add(config, "")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _oneline(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
+
+
+def _bounds(annotation: Any, metadata: Sequence[Any]) -> str:
+    parts = []
+    for item in [*metadata, *getattr(annotation, "__metadata__", ())]:
+        for sign, attribute in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
+            bound = getattr(item, attribute, None)
+            if bound is not None:
+                parts.append(f"{sign} {bound:g}")
+        parts.extend(_bounds(None, getattr(item, "metadata", ())).split(", ") if getattr(item, "metadata", None) else [])
+    choices = getattr(annotation, "__args__", ())
+    if not parts and choices and all(isinstance(c, str) for c in choices):
+        parts.append("one of " + " | ".join(choices))
+    return ", ".join(parts)

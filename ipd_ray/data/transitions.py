@@ -1,0 +1,298 @@
+"""The log as columns: one frozen type that every step reads. Shapes: T steps, E episodes, O observation, A action.
+
+Observations are raw (flattened, float32); actions are rescaled to [-1, 1]; rewards are raw. `terminal` is true
+termination only: it stops the bootstrap. An episode that ends any other way is truncated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipd_ray.config import DataConfig
+from ipd_ray.errors import UserError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+ACTION_LIMIT = 1.0 - 1e-6
+"""Dataset actions are clipped to +- this, so that no log-probability is infinite."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a log says of the environment: enough to act in it, with nothing else at hand."""
+
+    dataset: str
+    """Name of the dataset, such as bench/hopper/mixed-v0."""
+    observation_space: dict[str, Any]
+    """JSON form of the Gymnasium space: {"type": "Box", "shape", "dtype"}, or Dict with "spaces" by name."""
+    action_low: list[float]
+    """Bounds of the flattened action, in the environment's units."""
+    action_high: list[float]
+    action_shape: list[int]
+    action_dtype: str
+    env_spec: str | None = None
+    """JSON of the environment's Gymnasium spec, where the dataset has one."""
+    ref_min_score: float | None = None
+    """Raw return that counts as 0."""
+    ref_max_score: float | None = None
+    """Raw return that counts as 100."""
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_low)
+
+    def to_json(self) -> str:
+        return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        return cls(**json.loads(text))
+
+    def flatten_observation(self, observation: Any) -> Floats:
+        """Return observations as float32 (..., O): Dict entries in sorted key order, each raveled, concatenated.
+
+        observation: an array (..., *shape), or for a Dict space a mapping of name to such arrays.
+        """
+        return _flatten(observation, self.observation_space)
+
+    def rescale_action(self, action: Any) -> Floats:
+        """Map actions (..., *action_shape) from the environment's bounds to [-1, 1], clipped to +-ACTION_LIMIT."""
+        array = np.asarray(action, np.float64)
+        lead = array.shape[: array.ndim - len(self.action_shape)]
+        flat = array.reshape(*lead, self.action_dim)
+        low, high = np.asarray(self.action_low), np.asarray(self.action_high)
+        scaled = 2.0 * (flat - low) / (high - low) - 1.0
+        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
+
+    def unscale_action(self, action: Floats) -> NDArray[Any]:
+        """Map actions (..., A) in [-1, 1] to the environment's units, shape, dtype and bounds."""
+        low, high = np.asarray(self.action_low), np.asarray(self.action_high)
+        raw = low + (np.asarray(action, np.float64) + 1.0) / 2.0 * (high - low)
+        raw = np.clip(raw, low, high)
+        return raw.reshape(*raw.shape[:-1], *self.action_shape).astype(self.action_dtype)
+
+    def normalise(self, score: float) -> float | None:
+        """Return the score as D4RL does, 100 * (raw - min) / (max - min), or None without reference scores."""
+        if self.ref_min_score is None or self.ref_max_score is None or self.ref_max_score == self.ref_min_score:
+            return None
+        return 100.0 * (score - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+
+
+def _flatten(observation: Any, space: Mapping[str, Any]) -> Floats:
+    if space["type"] == "Dict":
+        parts = [_flatten(observation[name], space["spaces"][name]) for name in sorted(space["spaces"])]
+        return np.concatenate(parts, axis=-1)
+    array = np.asarray(observation, np.float32)
+    shape = tuple(space["shape"])
+    lead = array.shape[: array.ndim - len(shape)]
+    return array.reshape(*lead, int(np.prod(shape, dtype=np.int64)))
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """T transitions of E whole episodes, in order."""
+
+    observation: Floats
+    """(T, O), raw units."""
+    action: Floats
+    """(T, A), in [-1, 1]."""
+    reward: Floats
+    """(T,), raw."""
+    next_observation: Floats
+    """(T, O), built per episode: the last one is what followed the last action."""
+    terminal: Bools
+    """(T,), true only where the environment ended the episode."""
+    episode_start: Ints
+    """(E + 1,), first step of each episode, and T."""
+    spec: Spec
+
+    def __len__(self) -> int:
+        return len(self.reward)
+
+    @property
+    def episodes(self) -> int:
+        return len(self.episode_start) - 1
+
+    @property
+    def observation_dim(self) -> int:
+        return int(self.observation.shape[1])
+
+    @cached_property
+    def episode_length(self) -> Ints:
+        """(E,) steps."""
+        return np.diff(self.episode_start)
+
+    @cached_property
+    def episode(self) -> Ints:
+        """(T,) index of each step's episode."""
+        return np.repeat(np.arange(self.episodes), self.episode_length)
+
+    @cached_property
+    def timestep(self) -> Ints:
+        """(T,) steps since the episode began."""
+        return np.arange(len(self)) - self.episode_start[self.episode]
+
+    @cached_property
+    def episode_return(self) -> NDArray[np.float64]:
+        """(E,) raw, undiscounted."""
+        return np.add.reduceat(self.reward.astype(np.float64), self.episode_start[:-1])
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of every column and of the spaces: the log's identity, whatever it is called."""
+        spaces = {"observation": self.spec.observation_space, "low": self.spec.action_low, "high": self.spec.action_high}
+        return digest(self.columns(), extra=json.dumps(spaces, sort_keys=True))
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Return the columns by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "spec"}
+
+
+def digest(arrays: Mapping[str, NDArray[Any]], extra: str = "") -> str:
+    """Return SHA-256 over each array's name, dtype, shape and values, in name order."""
+    sha = hashlib.sha256(extra.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
+        sha.update(array.data)
+    return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Log:
+    """The log as the method uses it: transitions, the one reward transform, and which episodes are held out."""
+
+    transitions: Transitions
+    discount: float
+    reward_scale: float
+    """Rewards times this are what every learned part sees; only scores are raw."""
+    holdout_episode: Bools
+    """(E,) True for the episodes kept for the diagnostics."""
+
+    @cached_property
+    def reward(self) -> Floats:
+        """(T,) transformed."""
+        return (self.transitions.reward * np.float32(self.reward_scale)).astype(np.float32)
+
+    @cached_property
+    def holdout(self) -> Bools:
+        """(T,) True for the steps of held-out episodes."""
+        return self.holdout_episode[self.transitions.episode]
+
+    @cached_property
+    def train_steps(self) -> Ints:
+        """Indices of the steps that may be trained on."""
+        return np.flatnonzero(~self.holdout)
+
+    @cached_property
+    def holdout_steps(self) -> Ints:
+        """Indices of the held-out steps."""
+        return np.flatnonzero(self.holdout)
+
+    @cached_property
+    def observation_moments(self) -> tuple[Floats, Floats]:
+        """Mean and std, (O,) each, of the training observations; std floored at 1e-3 of the largest."""
+        observation = self.transitions.observation[self.train_steps].astype(np.float64)
+        return observation.mean(0).astype(np.float32), floored_std(observation)
+
+    @cached_property
+    def return_parts(self) -> tuple[Floats, Floats]:
+        """(T,) discounted return to the episode's end, and (T,) what V of its last observation is weighted by.
+
+        G_t = first + second * V(s_end); the second is gamma^(steps left) after truncation, 0 after termination.
+        """
+        t = self.transitions
+        partial = np.zeros(len(t))
+        weight = np.zeros(len(t))
+        last = t.episode_start[1:] - 1
+        running, tail = np.zeros(t.episodes), (~t.terminal[last]).astype(np.float64)
+        for back in range(int(t.episode_length.max())):  # all episodes step back together
+            alive = t.episode_length > back
+            index = last[alive] - back
+            running[alive] = self.reward[index] + self.discount * running[alive]
+            tail[alive] *= self.discount
+            partial[index], weight[index] = running[alive], tail[alive]
+        return partial.astype(np.float32), weight.astype(np.float32)
+
+    @cached_property
+    def episode_end(self) -> Ints:
+        """(T,) index of the last step of each step's episode; next_observation there is what V bootstraps from."""
+        t = self.transitions
+        return (t.episode_start[1:] - 1)[t.episode]
+
+    @cached_property
+    def return_moments(self) -> tuple[float, float]:
+        """Mean and std of the discounted return over the training steps, without bootstrap: the unit of values."""
+        partial = self.return_parts[0][self.train_steps].astype(np.float64)
+        return float(partial.mean()), float(max(partial.std(), 1e-3))
+
+
+def floored_std(values: NDArray[np.float64]) -> Floats:
+    """Return the std (D,) of values (N, D), floored at 1e-3 of the largest."""
+    std = values.std(0)
+    return np.maximum(std, max(1e-3 * float(std.max()), 1e-8)).astype(np.float32)
+
+
+def reward_scale(transitions: Transitions, transform: str) -> float:
+    """Return the factor of the one reward transform (never a shift: it would change what termination is worth)."""
+    returns = transitions.episode_return
+    spread = float(returns.max() - returns.min())
+    if transform == "none":
+        return 1.0
+    if transform == "range" and spread <= 0:
+        raise UserError(
+            f"data.reward_transform=range needs episodes of different return; all {transitions.episodes} have "
+            f"{returns[0]:g}: use data.reward_transform=auto."
+        )
+    if transform == "range" or (transform == "auto" and spread > 1e-6 * max(1.0, float(np.abs(returns).max()))):
+        return 1000.0 / spread
+    std = float(transitions.reward.std())
+    return 1.0 / std if std > 0 else 1.0
+
+
+def prepare(transitions: Transitions, config: DataConfig, seed: int) -> Log:
+    """Fix the reward transform and the held-out episodes of a log."""
+    count = max(1, round(config.holdout_fraction * transitions.episodes))
+    if transitions.episodes < 2:
+        raise UserError(
+            f"dataset {transitions.spec.dataset}: {transitions.episodes} episode, but one is held out for the "
+            "diagnostics and one at least is trained on: log at least 2 episodes."
+        )
+    chosen = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(transitions.episodes)[:count]
+    holdout = np.zeros(transitions.episodes, bool)
+    holdout[chosen] = True
+    return Log(transitions, config.discount, reward_scale(transitions, config.reward_transform), holdout)
+
+
+def check(transitions: Transitions) -> None:
+    """Raise UserError for a log that nothing can be learned from: empty, one-step, or with non-finite values."""
+    name = transitions.spec.dataset
+    if transitions.episodes == 0 or len(transitions) == 0:
+        raise UserError(f"dataset {name} holds no transition: check how it was written.")
+    if int(transitions.episode_length.max()) < 2:
+        raise UserError(f"dataset {name}: every episode has one step; there is no sequence to plan or to imitate.")
+    for column in ("observation", "action", "reward", "next_observation"):
+        values = getattr(transitions, column)
+        bad = ~np.isfinite(values.reshape(len(transitions), -1)).all(1)
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            raise UserError(
+                f"dataset {name}: {column} is NaN or infinite in {int(bad.sum())} of {len(transitions)} steps, first in "
+                f"episode {int(transitions.episode[first])}, step {int(transitions.timestep[first])}: "
+                "repair or drop these episodes and import the log again."
+            )
+
+
+def renamed(transitions: Transitions, dataset: str) -> Transitions:
+    """Return the same columns under another dataset name."""
+    return replace(transitions, spec=replace(transitions.spec, dataset=dataset))
