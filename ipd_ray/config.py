@@ -87,19 +87,17 @@ class WorldModelConfig(Section):
     layers: PositiveInt = 4
     """Hidden layers."""
     learning_rate: PositiveFloat = 1e-3
-    """Adam's step size; falls to a tenth along a cosine over max_epochs."""
+    """Adam's step size; falls to a tenth along a cosine over max_updates."""
     weight_decay: NonNegativeFloat = 1e-5
     """Decoupled weight decay."""
     batch_size: PositiveInt = 256
     """Transitions an update and member."""
-    max_epochs: PositiveInt = 60
-    """Passes over the training episodes, at most."""
-    max_updates: PositiveInt = 200_000
-    """Updates at most, whatever max_epochs says: the cap for large logs."""
-    patience: PositiveInt = 5
-    """Epochs without a better hold-out error after which training stops."""
-    divergence: Literal["primal", "dual"] = "primal"
-    """U, mean over elite pairs: primal geometric Jensen-Shannon, or dual (Bhattacharyya)."""
+    max_updates: PositiveInt = 60_000
+    """Gradient updates at most; every member takes one in each."""
+    eval_every: PositiveInt = 1000
+    """Updates between looks at the held-out episodes."""
+    patience: PositiveInt = 8
+    """Looks without a better hold-out error of any member after which training stops."""
     termination: str = "learned"
     """`learned`: a head of the ensemble; `never`; `hopper` or `walker2d`: the environment's known rule; or
     `package.module:function`, taking next observations (B, O) to a boolean (B,)."""
@@ -149,6 +147,8 @@ class ImagineConfig(Section):
 
     length: PositiveInt = 10
     """L, imagined steps a segment at most."""
+    divergence: Literal["primal", "dual"] = "primal"
+    """U, mean over elite pairs: primal geometric Jensen-Shannon, or dual (Bhattacharyya)."""
     shard_size: PositiveInt = 500
     """Segments a shard: one shard is one task for an actor and one file."""
 

@@ -1,0 +1,409 @@
+"""What a step leaves behind, and the store that finds it again by key.
+
+An artifact is a folder `<store>/<step>/<key>/` with `artifact.json` (schema, key, digest, diagnostics), tensors as
+safetensors and the learning curve as `metrics.jsonl`. While it is being made the folder is called `<key>.partial` and is
+owned through a lease; one rename makes it an artifact. No format here is a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform as platform_module
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ipd_ray.data.transitions import digest as array_digest
+from ipd_ray.errors import UserError
+
+SCHEMA = 1
+"""Version of the folder layout above; an artifact of another is refused with the remedy."""
+
+
+def make_key(step: str, version: int, *, seed: int, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
+    """Return the SHA-256 that decides whether a step's result can be reused.
+
+    step, version: the step and its algorithm's version. sections: its config sections (pydantic models or plain values).
+    upstream: keys or content hashes of all that it reads, by name.
+    """
+    plain = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}
+    identity = {"step": step, "version": version, "seed": seed, "config": plain, "upstream": dict(upstream)}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return SHA-256 over each tensor's name, dtype, shape and values."""
+    return array_digest({name: value.detach().cpu().numpy() for name, value in tensors.items()})
+
+
+def numeric_platform() -> dict[str, str]:
+    """Return what bit-equality depends on: within one of these, equal keys give equal digests."""
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return {
+        "device": device,
+        "cpu": f"{platform_module.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+    }
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+    """Write tensors and JSON metadata into one safetensors file, atomically."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(plain, temporary, metadata={"meta": json.dumps(dict(meta or {}))})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the metadata of a safetensors file."""
+    with safe_open(path, framework="pt", device=device) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the whole lines of a JSON-lines file; a line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Workspace:
+    """The folder that one step works in: metrics, checkpoints, and at the end the artifact."""
+
+    def __init__(self, path: Path, checkpoint_seconds: float = 30.0):
+        self.path = path
+        self._checkpoint_seconds = checkpoint_seconds
+        self._saved = time.monotonic()
+        path.mkdir(parents=True, exist_ok=True)
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return tensors and metadata of the last checkpoint; metrics logged after it are dropped."""
+        checkpoint = self.path / "checkpoint.safetensors"
+        metrics = self.path / "metrics.jsonl"
+        if not checkpoint.exists():
+            metrics.unlink(missing_ok=True)
+            return None
+        try:
+            tensors, meta = load_tensors(checkpoint)
+        except (SafetensorError, OSError, ValueError):
+            checkpoint.unlink()
+            metrics.unlink(missing_ok=True)
+            return None
+        kept = [row for row in read_jsonl(metrics) if row["step"] <= meta["step"]]
+        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        return tensors, meta
+
+    def due(self) -> bool:
+        """Return whether a checkpoint should be written now."""
+        return time.monotonic() - self._saved >= self._checkpoint_seconds
+
+    def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+        """Replace the checkpoint. Raises FloatingPointError rather than save a non-finite value."""
+        require_finite(tensors, f"the checkpoint of step {step}")
+        save_tensors(self.path / "checkpoint.safetensors", tensors, {**(meta or {}), "step": step})
+        self._saved = time.monotonic()
+
+    def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to the learning curve. Raises FloatingPointError where a metric is not finite."""
+        row = {"step": step, "total": total, "time": round(time.time(), 3), **metrics}
+        bad = [name for name, value in metrics.items() if value != value or abs(value) == float("inf")]
+        if bad:
+            raise FloatingPointError(
+                f"{self.path.parent.name}: {', '.join(bad)} not finite at step {step}: lower the learning rate of this "
+                "step, or look for outliers in the data with `ipd-ray data show`."
+            )
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def finish(self, tensors: Mapping[str, Tensor], diagnostics: Mapping[str, Any], **described: Any) -> None:
+        """Write the result; the store's rename is what makes it an artifact."""
+        require_finite(tensors, "the result")
+        save_tensors(self.path / "tensors.safetensors", tensors)
+        self.describe(tensor_digest(tensors), diagnostics, **described)
+
+    def describe(self, content_digest: str, diagnostics: Mapping[str, Any], **described: Any) -> None:
+        """Write the part of artifact.json that the step knows."""
+        content = {"digest": content_digest, "diagnostics": dict(diagnostics), **described}
+        write_atomic(self.path / "artifact.json", json.dumps(content, indent=1))
+
+
+def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise FloatingPointError with the count where any value is NaN or infinite."""
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise FloatingPointError(f"{what}: {bad} of {value.numel()} values of {name} are not finite; nothing saved.")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as named tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{name}": torch.as_tensor(value) for i, item in state.items() for name, value in item.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for full, value in tensors.items():
+        kind, _, rest = full.partition(".")
+        if kind == "optimizer":
+            index, _, name = rest.partition(".")
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with `prefix.` before their names."""
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def stripped(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix.`, without it."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished step's folder."""
+
+    path: Path
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Content of artifact.json. Raises UserError for an unknown schema."""
+        content = json.loads((self.path / "artifact.json").read_text())
+        if content.get("schema") != SCHEMA:
+            raise UserError(
+                f"{self.path} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: remove the "
+                "folder to have it made again, or install the version that wrote it."
+            )
+        return content
+
+    @property
+    def digest(self) -> str:
+        return str(self.described["digest"])
+
+    @property
+    def diagnostics(self) -> dict[str, Any]:
+        return dict(self.described["diagnostics"])
+
+    @property
+    def seconds(self) -> float:
+        return float(self.described["seconds"])
+
+    def tensors(self, device: str = "cpu", verify: bool = False) -> dict[str, Tensor]:
+        """Return the tensors; `verify` compares them with the digest."""
+        try:
+            tensors, _ = load_tensors(self.path / "tensors.safetensors", device)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: tensors.safetensors cannot be read ({error}): remove the folder and run again.") from error
+        if verify and tensor_digest(tensors) != self.digest:
+            raise UserError(f"{self.path}: the tensors do not match their digest: remove the folder and run again.")
+        return tensors
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Return the learning curve."""
+        return read_jsonl(self.path / "metrics.jsonl")
+
+
+class Lease:
+    """Ownership of a folder: a file with host, process and token, renewed while held.
+
+    Free when older than EXPIRES, or at once when its process is dead on this host.
+    """
+
+    RENEW = 10.0
+    EXPIRES = 60.0
+
+    def __init__(self, folder: Path):
+        self._file = folder / "lease.json"
+        self._token = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> dict[str, Any] | None:
+        """Take the lease; return None, or who holds it."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._file.open("x") as file:
+                file.write(self._content())
+        except FileExistsError:
+            owner = self._read()
+            if owner is not None and not self._free(owner):
+                return owner
+            write_atomic(self._file, self._content())
+            time.sleep(0.05)  # two that find it free at once: the later write wins, the other sees it here
+            owner = self._read()
+            if owner is None or owner["token"] != self._token:
+                return owner or {}
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+        return None
+
+    def release(self) -> None:
+        """Give the lease back."""
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+        owner = self._read()
+        if owner and owner["token"] == self._token:
+            self._file.unlink(missing_ok=True)
+
+    def _content(self) -> str:
+        return json.dumps(
+            {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "token": self._token,
+             "time": time.time()}
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(self._file.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def _free(self, owner: Mapping[str, Any]) -> bool:
+        if time.time() - float(owner["time"]) > self.EXPIRES:
+            return True
+        return owner["host"] == socket.gethostname() and _born(int(owner["pid"])) != owner["born"]
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self.RENEW):
+            owner = self._read()
+            if owner is None or owner["token"] != self._token:
+                return  # taken over after a long stall: what we write stays valid, keys make it the same
+            try:
+                write_atomic(self._file, self._content())
+            except OSError:
+                continue
+
+
+def _born(pid: int) -> str:
+    """Return when a process of this host began, in the kernel's ticks; empty where it does not run or is not known."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = stat.rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
+    except (OSError, IndexError):
+        pass
+    if Path("/proc").exists():
+        return ""
+    try:
+        os.kill(pid, 0)
+        return "alive"
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        return "alive"
+
+
+class Store:
+    """Artifacts by step and key, shared by runs and by trials of a sweep."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def _folder(self, step: str, key: str) -> Path:
+        return self.root / step / key[:24]
+
+    def find(self, step: str, key: str) -> Artifact | None:
+        """Return the finished artifact of a key, if there is one."""
+        artifact = Artifact(self._folder(step, key))
+        return artifact if (artifact.path / "artifact.json").exists() else None
+
+    def partial(self, step: str, key: str) -> Path:
+        """Return the folder in which a key is worked on."""
+        folder = self._folder(step, key)
+        return folder.with_name(folder.name + ".partial")
+
+    @contextmanager
+    def claim(self, wanted: Mapping[str, str], waiting: Any = None) -> Iterator[dict[str, Path]]:
+        """Own the work folders of the {step: key} that are not done yet, and yield them; wait for who owns one.
+
+        waiting: called with (step, owner) once for each that is waited for.
+        """
+        with ExitStack() as stack:
+            folders: dict[str, Path] = {}
+            for step, key in sorted(wanted.items()):  # one order for all: no two can wait for each other
+                told = False
+                while self.find(step, key) is None:
+                    lease = Lease(self.partial(step, key))
+                    owner = lease.acquire()
+                    if owner is None:
+                        if self.find(step, key) is not None:
+                            lease.release()
+                            break
+                        stack.callback(lease.release)
+                        folders[step] = self.partial(step, key)
+                        break
+                    if waiting and not told:
+                        waiting(step, owner)
+                        told = True
+                    time.sleep(0.5)
+            yield folders
+
+    def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any], seconds: float) -> Artifact:
+        """Turn a finished work folder into the artifact of its key."""
+        partial, folder = self.partial(step, key), self._folder(step, key)
+        described = json.loads((partial / "artifact.json").read_text())
+        content = {
+            "schema": SCHEMA, "step": step, "version": version, "key": key, "parts": dict(parts),
+            "platform": numeric_platform(), "seconds": seconds, **described,
+        }
+        write_atomic(partial / "artifact.json", json.dumps(content, indent=1))
+        (partial / "checkpoint.safetensors").unlink(missing_ok=True)
+        if folder.exists():  # a folder without artifact.json: leftovers of a hand's work
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        (folder / "lease.json").unlink(missing_ok=True)
+        return Artifact(folder)
+
+    def ls(self) -> Iterator[Artifact]:
+        """Yield every finished artifact."""
+        for path in sorted(self.root.glob("*/*/artifact.json")):
+            if not path.parent.name.endswith(".partial"):
+                yield Artifact(path.parent)
+
+
+def folder_bytes(path: Path) -> int:
+    """Return what a folder takes on disk."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

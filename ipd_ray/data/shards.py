@@ -1,0 +1,143 @@
+"""Imagined segments as columns, and the shard files they lie in. Shapes: S segments, L steps, O observation, A action.
+
+A shard is one Parquet file of fixed-shape tensor columns and a manifest entry (JSON) written after it; it counts only
+with its entry. It holds no time, host or path: equal identity, equal bytes of content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ipd_ray.data.transitions import Bools, Floats, Ints, digest
+from ipd_ray.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Segments:
+    """S imagined segments, accepted or not, with the log's own continuation from the same starts."""
+
+    index: Ints
+    """(S,) step of the log that a segment starts from."""
+    episode: Ints
+    timestep: Ints
+    control: Bools
+    """(S,) start drawn uniformly, not by regret."""
+    observation: Floats
+    """(S, L + 1, O), raw; repeated after the segment ended."""
+    action: Floats
+    """(S, L, A), in [-1, 1]."""
+    reward: Floats
+    """(S, L), transformed."""
+    terminal: Bools
+    """(S, L), true at the step that is predicted to end the episode."""
+    uncertainty: Floats
+    """(S, L), U of each step."""
+    value: Floats
+    """(S, L + 1), V; 0 after predicted termination."""
+    own_reward: Floats
+    """(S, L), the log's, transformed."""
+    own_terminal: Bools
+    """(S, L)"""
+    own_length: Ints
+    """(S,) steps that the log has from the start, at most L."""
+    own_value: Floats
+    """(S, L + 1), V along the log."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def length(self) -> int:
+        return int(self.action.shape[1])
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Return the columns by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def digest(self) -> str:
+        return digest(self.columns())
+
+
+def concatenate(parts: Sequence[Segments]) -> Segments:
+    """Return all segments as one."""
+    return Segments(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Segments)))
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.parquet"
+
+
+def write_shard(folder: Path, shard: int, segments: Segments, summary: dict[str, Any]) -> str:
+    """Write a shard and then its manifest entry, both atomically; return the digest."""
+    content = segments.digest
+    columns: dict[str, pa.Array] = {}
+    for name, values in segments.columns().items():
+        if values.ndim == 1:
+            columns[name] = pa.array(values)
+        else:  # Arrow tensors hold no booleans
+            plain = values.astype(np.uint8) if values.dtype == np.bool_ else values
+            columns[name] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(plain))
+    path = shard_path(folder, shard)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        pq.write_table(pa.table(columns), temporary, compression="none")
+        os.replace(temporary, path)
+        entry = {"schema": SCHEMA, "shard": shard, "segments": len(segments), "digest": content, **summary}
+        entry_path = path.with_suffix(".json")
+        temporary.write_text(json.dumps(entry))
+        os.replace(temporary, entry_path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return content
+
+
+def read_entry(folder: Path, shard: int) -> dict[str, Any] | None:
+    """Return a shard's manifest entry, or None where the shard is not there as a whole."""
+    path = shard_path(folder, shard)
+    try:
+        entry = json.loads(path.with_suffix(".json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return entry if path.exists() and entry.get("schema") == SCHEMA else None
+
+
+def read_shard(folder: Path, shard: int, verify: bool = True) -> Segments:
+    """Read a shard. Raises UserError where it does not match its manifest entry."""
+    path = shard_path(folder, shard)
+    table = pq.read_table(path)
+    values = {}
+    for f in fields(Segments):
+        column = table.column(f.name).combine_chunks()
+        if isinstance(column, pa.FixedShapeTensorArray):
+            array = column.to_numpy_ndarray()
+        else:
+            array = column.to_numpy(zero_copy_only=False)
+        values[f.name] = array.astype(np.bool_) if f.name in _BOOLEANS else array
+    segments = Segments(**values)
+    entry = read_entry(folder, shard)
+    if verify and (entry is None or entry["digest"] != segments.digest):
+        raise UserError(f"{path} does not match its manifest entry: remove both files and run again.")
+    return segments
+
+
+_BOOLEANS = frozenset({"control", "terminal", "own_terminal"})
+
+
+def manifest_digest(digests: Sequence[str]) -> str:
+    """Return the digest of a whole set of shards, in order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

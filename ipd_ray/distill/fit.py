@@ -1,0 +1,212 @@
+"""Distil: the trainer, one worker or many. Shapes as in policy.py and windows.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
+from ipd_ray.config import DistillConfig, PolicyConfig
+from ipd_ray.data.shards import Segments
+from ipd_ray.data.transitions import Bools, Floats, Ints, Log
+from ipd_ray.distill.losses import CriticFn, loss_sums
+from ipd_ray.distill.policy import TransformerPolicy
+from ipd_ray.distill.windows import Prompts, Windows
+from ipd_ray.layers import block_generator
+from ipd_ray.training import train
+
+VERSION = 1
+_STREAM = 66
+
+
+class Reducer(Protocol):
+    """Sums over workers; the place where parallelism enters."""
+
+    rank: int
+    world: int
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all workers."""
+
+
+class Alone:
+    """One worker."""
+
+    rank, world = 0, 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is distilled: data and a critic, nothing of how they were made."""
+
+    log: Log
+    segments: Segments
+    accepted: Bools
+    lengths: Ints
+    """(S,) steps of each segment that count."""
+    prompts: Prompts
+    weight: Floats
+    """(T,) imitation weight of the log's steps, mean 1."""
+    critic: CriticFn | None
+    critic_scale: float
+    """Spread of Q(s, .) over uniform actions, mean over states of the log."""
+
+
+def advantage_weight(advantage: Floats, temperature: float) -> Floats:
+    """Imitation weights (T,) of the log's steps: min(exp(temperature * A / mean|A|), 20), scaled to mean 1."""
+    if temperature == 0:
+        return np.ones(len(advantage), np.float32)
+    size = max(float(np.abs(advantage).mean()), 1e-8)
+    weight = np.minimum(np.exp(np.minimum(temperature * advantage / size, 10.0)), 20.0)
+    return (weight / weight.mean()).astype(np.float32)
+
+
+def imagined_outcome(segments: Segments, lengths: Ints, discount: float) -> Floats:
+    """(S, L) return-to-go of each imagined step: rewards to the cut, then V of where the segment was cut."""
+    S, L = len(segments), segments.length
+    outcome = np.zeros((S, L), np.float32)
+    running = segments.value[np.arange(S), lengths].astype(np.float64)
+    for k in reversed(range(L)):
+        inside = k < lengths
+        tail = np.where(segments.terminal[:, k], 0.0, running)
+        running = np.where(inside, segments.reward[:, k] + discount * tail, running)
+        outcome[:, k] = running
+    return outcome
+
+
+class DistillTrainer:
+    """One update of the policy on a global batch that is the same whatever the number of workers."""
+
+    def __init__(
+        self, material: Material, policy: PolicyConfig, config: DistillConfig, *, seed: int, device: str,
+        reducer: Reducer | None = None,
+    ):
+        t = material.log.transitions
+        self._config, self._seed, self._device = config, seed, device
+        self._reducer = reducer or Alone()
+        torch.manual_seed(seed + 2)
+        self.model = TransformerPolicy(
+            t.observation_dim, t.spec.action_dim, policy, prompted=config.prompt != "none"
+        )
+        mean, std = material.log.observation_moments
+        self.model.observation_mean.copy_(torch.from_numpy(mean))
+        self.model.observation_std.copy_(torch.from_numpy(std))
+        low, high = np.quantile(material.prompts.log, [0.001, 0.999])
+        for name, value in (("mean", material.prompts.log.mean()), ("std", max(float(material.prompts.log.std()), 1e-6)),
+                            ("low", low), ("high", high)):
+            getattr(self.model, f"prompt_{name}").fill_(float(value))
+        self.model.to(device).train()
+        self.windows = Windows(
+            material.log, material.segments, material.accepted, material.lengths, material.prompts, material.weight,
+            config, context=policy.context, seed=seed, device=device,
+        )
+        self._critic = material.critic if config.eta > 0 else None
+        self._critic_scale = material.critic_scale
+        named = dict(self.model.named_parameters())
+        plain = [p for n, p in named.items() if p.ndim < 2 or "timestep" in n]
+        decayed = [p for n, p in named.items() if not (p.ndim < 2 or "timestep" in n)]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+            lr=config.learning_rate, betas=(0.9, 0.95), fused=True,
+        )
+        self._parameters = decayed + plain
+        self.ema = {name: p.detach().clone() for name, p in named.items()}
+
+    def _rate(self, step: int) -> float:
+        config = self._config
+        warm = min(1.0, (step + 1) / max(1, config.warmup))
+        return config.learning_rate * warm * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.updates)))
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        config, reduce = self._config, self._reducer
+        batch = self.windows.draw(step, reduce.rank, reduce.world)
+        torch.manual_seed((self._seed * 1_000_003 + step) * 64 + reduce.rank)  # dropout
+        pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)
+        leaf = pi.detach().requires_grad_(True)
+        i = int(torch.randint(2, (), generator=block_generator(self._seed, _STREAM, step)))
+        sums = loss_sums(leaf, batch.action, batch.observation, batch.weight, self._critic, (i, 1 - i))
+        total = reduce.sum(torch.stack([sums.imitation, sums.q, sums.q_size, sums.weight, sums.count]).detach())
+        imitation, q, q_size, weight, count = total.unbind()
+        scale = q_size / count if config.critic_scale == "mean_abs" else torch.full_like(count, self._critic_scale)
+        eta = config.eta * min(1.0, (step + 1) / max(1.0, config.eta_warmup * config.updates))
+        imitation_grad = torch.autograd.grad(sums.imitation / weight, leaf)[0]
+        gradient = imitation_grad
+        metrics = {"imitation": imitation / weight}
+        if self._critic is not None:
+            q_grad = torch.autograd.grad(-eta * sums.q / count / scale, leaf)[0]
+            gradient = imitation_grad + q_grad
+            sizes = reduce.sum(torch.stack([q_grad.square().sum(), imitation_grad.square().sum()]))
+            metrics["q_pi"] = q / count
+            metrics["gradient_ratio"] = (sizes[0] / sizes[1].clamp(min=1e-20)).sqrt()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        self._optimizer.zero_grad(set_to_none=True)
+        pi.backward(gradient)
+        if reduce.world > 1:
+            trained = [p for p in self._parameters if p.grad is not None]  # the same ones on every worker
+            flat = reduce.sum(torch.cat([p.grad.reshape(-1) for p in trained if p.grad is not None]))
+            for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+                p.grad = part.reshape(p.shape).clone()
+        torch.nn.utils.clip_grad_norm_(self._parameters, config.grad_clip)
+        self._optimizer.step()
+        decay = min(config.ema, (1.0 + step) / (10.0 + step))
+        torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.model.parameters()], 1.0 - decay)
+        return metrics
+
+    def state(self) -> dict[str, Tensor]:
+        return {**prefixed("model", self.model.state_dict()), **prefixed("ema", self.ema),
+                **optimizer_tensors(self._optimizer)}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(stripped("model", tensors))
+        for name, value in stripped("ema", tensors).items():
+            self.ema[name].copy_(value)
+        load_optimizer(self._optimizer, tensors)
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """The policy that is kept: averaged weights, and the buffers."""
+        return {**self.model.state_dict(), **self.ema}
+
+    @torch.no_grad()
+    def diagnose(self) -> dict[str, Any]:
+        """How far Q trusts the policy over the log, and what was mixed. Watch q_advantage: a run-away is an exploit."""
+        self.model.load_state_dict(self.policy_state())
+        self.model.eval()
+        ends = torch.arange(0, len(self.windows.real_ends), max(1, len(self.windows.real_ends) // 2048))
+        batch = self.windows.gather(self.windows.real_ends[ends])
+        pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)[:, -1]
+        out = {
+            "imitation_rmse": float((pi - batch.action[:, -1]).square().mean().sqrt()),
+            "imagined_ratio": self.windows.imagined_ratio, "imagined_steps": float(self.windows.imagined_steps),
+            "critic_scale": self._critic_scale,
+        }
+        if self._critic is not None:
+            last = batch.observation[:, -1]
+            gain = self._critic(last, pi).amin(0) - self._critic(last, batch.action[:, -1]).amin(0)
+            out["q_advantage"] = float(gain.mean()) / max(self._critic_scale, 1e-8)
+        return out
+
+
+def fit_policy(trainer: DistillTrainer, config: DistillConfig, workspace: Workspace | None) -> Iterator[tuple[int, dict[str, float]]]:
+    """Step 5: yield learning curve lines until the policy is done."""
+    yield from train(trainer, config.updates, workspace, log_every=min(200, max(1, config.updates // 20)))
+
+
+def uniform_action_spread(critic: CriticFn, observation: NDArray[np.float32], action_dim: int, device: str) -> float:
+    """Spread of min Q(s, .) over uniform actions, mean over up to 2000 states: one unit of eta."""
+    rows = np.linspace(0, len(observation) - 1, min(len(observation), 2000)).astype(np.int64)
+    s = torch.from_numpy(observation[rows]).to(device)
+    actions = torch.rand((32, len(rows), action_dim), generator=block_generator(0, _STREAM, 0)).to(device) * 2.0 - 1.0
+    with torch.no_grad():
+        q = critic(s.expand(32, -1, -1), actions).amin(0)
+    return max(float(q.std(0).mean()), 1e-6)

@@ -1,0 +1,128 @@
+"""The policy as its users hold it: observations in, actions out, in the environment's own units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ipd_ray.artifacts import Artifact, stripped
+from ipd_ray.config import PolicyConfig
+from ipd_ray.data.transitions import Spec
+from ipd_ray.distill.policy import TransformerPolicy
+from ipd_ray.errors import UserError
+from ipd_ray.training import resolve_device
+from ipd_ray.values.fit import frozen, load_values
+
+
+class Policy:
+    """A distilled policy with all that it needs: V for the prompt, normaliser, reward transform and spaces.
+
+    policy = Policy.load("runs/mine/policy"); policy.reset(); action = policy.act(observation)
+
+    One policy object drives one environment or a batch of them; it remembers the last K steps of each.
+    """
+
+    def __init__(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "auto"):
+        device = resolve_device(device)
+        self.spec = Spec(**described["spec"])
+        self.reward_scale = float(described["reward_scale"])
+        """Raw rewards times this are the units of V."""
+        self.prompt = str(described["prompt"])
+        config = PolicyConfig.model_validate(described["policy"])
+        values = described["values"]
+        model = TransformerPolicy(
+            values["observation_dim"], values["action_dim"], config, prompted=self.prompt != "none"
+        )
+        model.load_state_dict(stripped("policy", tensors))
+        self._model = frozen(model, device)
+        self._values = load_values(stripped("values", tensors), values, device)
+        self._target = described.get("target_return")
+        self._device, self._context, self._rows = device, config.context, 0
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> Policy:
+        """Read a policy artifact: the `policy` folder of a run. Raises UserError where there is none."""
+        folder = Path(path)
+        if (folder / "policy" / "artifact.json").exists():
+            folder = folder / "policy"
+        if not (folder / "artifact.json").exists():
+            raise UserError(f"{path} holds no policy: give the folder of a finished run, or its policy/ folder.")
+        artifact = Artifact(folder)
+        described = artifact.described
+        if described.get("step") != "distill":
+            raise UserError(f"{path} is the artifact of step {described.get('step')!r}, not of distill: give a run's policy/.")
+        return cls(described, artifact.tensors(), device)
+
+    def reset(self, mask: Any = None) -> None:
+        """Forget the past: of every environment, or of those where `mask` (n,) is True."""
+        if mask is None or self._rows == 0:
+            self._rows = 0
+            return
+        rows = torch.as_tensor(np.asarray(mask, bool), device=self._device)
+        if rows.shape != (self._rows,):
+            raise UserError(f"reset(mask): mask has shape {tuple(rows.shape)}, but {self._rows} environments are acted in.")
+        self._steps[rows] = 0
+        self._asked[rows] = self._start_target()
+
+    def act(self, observation: Any, reward: Any = None) -> NDArray[Any]:
+        """Return the action for one observation or a batch (n, ...), in the environment's units, dtype and bounds.
+
+        reward: of the step before, raw; lowers the target of prompt=fixed as it is collected, not looked at otherwise.
+        """
+        flat = self.spec.flatten_observation(observation)
+        single = flat.ndim == 1
+        s = torch.from_numpy(np.atleast_2d(flat)).to(self._device)
+        if s.shape[-1] != self._model.observation_mean.shape[0]:
+            raise UserError(f"act(observation): {s.shape[-1]} entries, but the policy knows {self._model.observation_mean.shape[0]}.")
+        if self._rows == 0:
+            self._begin(len(s))
+        elif len(s) != self._rows:
+            raise UserError(f"act(observation): {len(s)} environments after {self._rows}: call reset() between them.")
+        if reward is not None:
+            self._asked -= torch.as_tensor(np.atleast_1d(np.asarray(reward, np.float32)), device=self._device)
+        action = self._decide(s).cpu().numpy()
+        raw = self.spec.unscale_action(action)
+        return raw[0] if single else raw
+
+    def value(self, observation: Any) -> NDArray[np.float32]:
+        """Return V of observations in raw reward units (discounted)."""
+        s = torch.from_numpy(self.spec.flatten_observation(observation)).to(self._device)
+        return self._values.v(s).cpu().numpy() / np.float32(self.reward_scale)
+
+    def _start_target(self) -> float:
+        return float(self._target) if self._target is not None else 0.0
+
+    def _begin(self, rows: int) -> None:
+        K, device = self._context, self._device
+        self._rows = rows
+        self._observation = torch.zeros(rows, K, self._model.observation_mean.shape[0], device=device)
+        self._action = torch.zeros(rows, K, self.spec.action_dim, device=device)
+        self._prompt = torch.zeros(rows, K, device=device)
+        self._steps = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._asked = torch.full((rows,), self._start_target(), device=device)
+
+    @torch.no_grad()
+    def _decide(self, s: Tensor) -> Tensor:
+        for past in (self._observation, self._action, self._prompt):
+            past[:, :-1] = past[:, 1:].clone()
+        self._observation[:, -1] = s
+        self._action[:, -1] = 0.0
+        if self.prompt == "value":
+            self._prompt[:, -1] = self._values.v(s)
+        elif self.prompt == "outcome":
+            self._prompt[:, -1] = self._values.return_expectiles(s)[1]
+        elif self.prompt == "fixed":
+            self._prompt[:, -1] = self._asked
+        back = torch.arange(1 - self._context, 1, device=self._device)
+        valid = self._steps[:, None] + back >= 0
+        timestep = (self._steps[:, None] + back).clamp(min=0)
+        action = self._model(self._prompt, self._observation, self._action, timestep, valid)[:, -1]
+        self._action[:, -1] = action
+        self._steps += 1
+        return action

@@ -1,0 +1,100 @@
+"""The policy in vectorised environments: episodes advance together, one batched forward a step."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.envs.registration import EnvSpec
+
+from ipd_ray.config import EvaluateConfig
+from ipd_ray.data.transitions import Spec
+from ipd_ray.errors import UserError, near_name
+from ipd_ray.evaluate.acting import Policy
+
+VERSION = 1
+
+
+class NoEnvironment(RuntimeError):
+    """There is no environment to evaluate in; the message says why."""
+
+
+def environment_maker(spec: Spec, name: str | None) -> Callable[..., gym.Env[Any, Any]]:
+    """Return what makes the environment: the user's, or the log's own.
+
+    name: a Gymnasium id or `package.module:function`. Raises UserError where the user named one that cannot be had,
+    NoEnvironment where the log names none or one that is not installed.
+    """
+    if name and ":" in name and not name.partition(":")[2][:1].isupper():
+        module, _, function = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"evaluate.environment={name} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+    if name:
+        if name not in gym.registry and ":" not in name:
+            raise UserError(f"evaluate.environment={name!r} is no Gymnasium id here.{near_name(name, gym.registry)}")
+        return lambda **kwargs: gym.make(name, **kwargs)
+    if spec.env_spec is None:
+        raise NoEnvironment(
+            f"dataset {spec.dataset} names no environment; give one with evaluate.environment=ID or package.module:function"
+        )
+    try:
+        env_spec = EnvSpec.from_json(spec.env_spec)
+        gym.make(env_spec).close()
+    except Exception as error:  # whatever a third party's environment raises, the log is still good
+        raise NoEnvironment(f"the environment of {spec.dataset} cannot be made here ({type(error).__name__}: {error})") from error
+    return lambda **kwargs: gym.make(env_spec, **kwargs)
+
+
+def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int, float], None] | None = None) -> dict[str, Any]:
+    """Run the policy for `episodes` whole episodes in float32 and return raw and normalised scores.
+
+    progress: called now and then with (steps done, share of episodes ended).
+    """
+    make = environment_maker(policy.spec, config.environment)
+    kwargs = {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
+    n = config.episodes
+    envs = gym.vector.SyncVectorEnv(
+        [lambda: make(**kwargs) for _ in range(n)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+    try:
+        _check_spaces(policy.spec, envs)
+        observation, _ = envs.reset(seed=[config.seed + i for i in range(n)])
+        policy.reset()
+        total, length = np.zeros(n), np.zeros(n, np.int64)
+        running = np.ones(n, bool)
+        reward: Any = None
+        value_at_start = policy.value(observation)
+        steps = 0
+        while running.any():
+            action = policy.act(observation, reward)
+            observation, reward, terminated, truncated, _ = envs.step(action)
+            total += reward * running
+            length += running
+            running &= ~(terminated | truncated)
+            steps += 1
+            if progress and steps % 50 == 0:
+                progress(steps, 1.0 - float(running.mean()))
+    finally:
+        envs.close()
+    normalised = [policy.spec.normalise(float(x)) for x in total]
+    known = [x for x in normalised if x is not None]
+    return {
+        "return_mean": float(total.mean()), "return_std": float(total.std()), "returns": total.tolist(),
+        "lengths": length.tolist(), "episodes": n,
+        "normalised": float(np.mean(known)) if known else None,
+        "value_at_start": float(value_at_start.mean()),
+    }
+
+
+def _check_spaces(spec: Spec, envs: gym.vector.VectorEnv[Any, Any, Any]) -> None:
+    space = envs.single_action_space
+    if not isinstance(space, gym.spaces.Box) or list(space.shape) != list(spec.action_shape):
+        raise UserError(
+            f"evaluate.environment: its action space is {space}, the log's has shape {tuple(spec.action_shape)}: "
+            "evaluate in the environment that the log comes from."
+        )

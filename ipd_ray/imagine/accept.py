@@ -1,0 +1,136 @@
+"""Which imagined segments count: one pure function, applied when shards are read. Shapes: S segments, L steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipd_ray.config import AcceptConfig
+from ipd_ray.data.shards import Segments
+from ipd_ray.data.transitions import Bools, Floats, Ints, Log
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The verdict on S segments."""
+
+    accepted: Bools
+    """(S,)"""
+    length: Ints
+    """(S,) steps left after the cut."""
+    imagined: Floats
+    """(S,) I: discounted imagined reward over `length` steps plus gamma^length V of where it ends."""
+    own: Floats
+    """(S,) B: the same along the log, from the same start."""
+    reasons: dict[str, float]
+    """Share of segments that fail each test."""
+
+
+def step_ranges(log: Log) -> tuple[Floats, Floats, float, float]:
+    """Observation minimum and maximum (O,), and transformed reward minimum and maximum, of the log."""
+    t = log.transitions
+    low = np.minimum(t.observation.min(0), t.next_observation.min(0))
+    high = np.maximum(t.observation.max(0), t.next_observation.max(0))
+    return low, high, float(log.reward.min()), float(log.reward.max())
+
+
+def kappa(holdout_uncertainty: Floats, holdout_episode: Ints, *, length: int, survival: float) -> float:
+    """The smallest U at which `survival` of the held-out real windows of `length` steps pass whole.
+
+    holdout_uncertainty: (N,) U of the held-out steps, whole episodes in order; holdout_episode: (N,). Episodes
+    shorter than `length` give one window each.
+    """
+    peaks = []
+    for episode in np.unique(holdout_episode):
+        u = holdout_uncertainty[holdout_episode == episode]
+        window = np.lib.stride_tricks.sliding_window_view(u, min(length, len(u)))
+        peaks.append(window.max(1))
+    return float(np.quantile(np.concatenate(peaks), survival))
+
+
+def accept(
+    segments: Segments, config: AcceptConfig, *, threshold: float, discount: float, value_std: float,
+    ranges: tuple[Floats, Floats, float, float],
+) -> Accepted:
+    """Cut each segment before its first step that is uncertain or out of range, and keep it if it beats log and V.
+
+    Kept: at least min_length steps are left, and I exceeds both B and V(s_0) by margin * value_std. The return that the
+    log went on to reach selects starts, it accepts nothing: V stands on both sides here.
+    """
+    S, L = len(segments), segments.length
+    low, high, reward_low, reward_high = ranges
+    slack = config.range_margin * (high - low)
+    following = segments.observation[:, 1:]
+    in_range = ((following >= low - slack) & (following <= high + slack)).all(-1)
+    in_range &= (segments.reward >= reward_low) & (segments.reward <= reward_high)
+    certain = segments.uncertainty <= threshold
+    ended_before = np.cumsum(segments.terminal, 1) - segments.terminal > 0
+    usable = certain & in_range & ~ended_before
+    length = np.where(usable.all(1), L, np.argmin(usable, 1))
+    imagined = _value_of(segments.reward, segments.terminal, segments.value, length, discount)
+    own = _value_of(
+        segments.own_reward, segments.own_terminal, segments.own_value, np.minimum(length, segments.own_length), discount
+    )
+    bar = config.margin * value_std
+    long_enough = length >= config.min_length
+    beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
+    accepted = long_enough & beats_own & beats_value
+    reasons = {
+        "too_short": float((~long_enough).mean()),
+        "uncertain_first_step": float((~certain[:, 0]).mean()),
+        "out_of_range": float((~in_range & ~ended_before).any(1).mean()),
+        "not_over_log": float((~beats_own).mean()),
+        "not_over_value": float((~beats_value).mean()),
+    } if S else {}
+    return Accepted(accepted, length.astype(np.int64), imagined, own, reasons)
+
+
+def _value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, discount: float) -> Floats:
+    """sum_{k < l} gamma^k r_k + gamma^l V(s_l), V = 0 after a termination inside the l steps: (S,)."""
+    L = reward.shape[1]
+    inside = np.arange(L) < length[:, None]
+    total = (np.where(inside, reward, 0.0) * discount ** np.arange(L)).sum(1)
+    ended = (terminal & inside).any(1)
+    tail = np.where(ended, 0.0, value[np.arange(len(length)), length])
+    return (total + discount**length * tail).astype(np.float32)
+
+
+def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]:
+    """Return what a run reports of its imagination: accept rate, by depth and by distance to termination, and gain."""
+    ok = verdict.accepted
+    gain = verdict.imagined - verdict.own
+    t = log.transitions
+    left = log.episode_end[segments.index] - segments.index + 1
+    ends = t.terminal[log.episode_end[segments.index]]
+    by_distance: dict[str, Any] = {}
+    for name, rows in (
+        ("ends_within_10", ends & (left <= 10)), ("ends_within_50", ends & (left > 10) & (left <= 50)),
+        ("later_or_never", ~ends | (left > 50)),
+    ):
+        if rows.any():
+            kept = ok & rows
+            by_distance[name] = {
+                "starts": int(rows.sum()), "accept_rate": float(ok[rows].mean()),
+                "gain": float(gain[kept].mean()) if kept.any() else 0.0,
+            }
+    return {
+        "segments": len(segments), "accepted": int(ok.sum()), "accept_rate": float(ok.mean()) if len(ok) else 0.0,
+        "accepted_steps": int(verdict.length[ok].sum()),
+        "accept_rate_control": _rate(ok, segments.control), "accept_rate_flagged": _rate(ok, ~segments.control),
+        "survival_by_depth": [float((verdict.length > k).mean()) for k in range(segments.length)],
+        "uncertainty_quantiles": _quantiles(segments.uncertainty), "by_distance_to_termination": by_distance,
+        "imagined_mean": float(verdict.imagined[ok].mean()) if ok.any() else 0.0,
+        "own_mean": float(verdict.own[ok].mean()) if ok.any() else 0.0,
+        "rejections": verdict.reasons,
+    }
+
+
+def _rate(ok: Bools, rows: Bools) -> float:
+    return float(ok[rows].mean()) if rows.any() else 0.0
+
+
+def _quantiles(values: NDArray[Any]) -> dict[str, float]:
+    return {f"{q:g}": float(np.quantile(values, q)) for q in (0.1, 0.5, 0.9, 0.99)} if values.size else {}

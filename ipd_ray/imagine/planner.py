@@ -1,0 +1,139 @@
+"""Step 4: MPC inside the world model. Shapes: B states, E elites, R candidates an elite, H horizon, O, A."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ipd_ray.config import PlannerConfig
+
+
+class Dynamics(Protocol):
+    """What the planner needs of a world model."""
+
+    @property
+    def elites(self) -> int: ...
+
+    def step(self, observation_EBO: Tensor, action_EBA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Next observation, transformed reward and termination probability; elite e for row group e."""
+
+
+class Values(Protocol):
+    """What the planner needs of the values."""
+
+    def v(self, observation: Tensor) -> Tensor: ...
+
+    def q(self, observation: Tensor, action: Tensor) -> Tensor: ...
+
+    def act(self, observation: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for B states."""
+
+    action: Tensor
+    """(B, A), to execute now."""
+    best_score: Tensor
+    """(B,) of the best candidate, in transformed reward units."""
+    mean_score: Tensor
+    """(B,) over the candidates."""
+
+
+ROWS = 1 << 17
+"""Rows that are simulated at once: bounds memory. A constant, since results must not depend on the machine's."""
+
+
+def candidates_per_elite(config: PlannerConfig, elites: int) -> int:
+    """R: config.candidates shared among the elites, rounded up."""
+    return -(-config.candidates // elites)
+
+
+@torch.no_grad()
+def plan(
+    observation_BO: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, *, discount: float,
+    generator: torch.Generator,
+) -> Plan:
+    """Decide the next action of each state.
+
+    mpc: candidates follow the behaviour policy plus Gaussian noise for H steps, each inside one elite (mean
+    transitions). score = sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not having ended before.
+    The action is the average of the candidates' first actions, weighted by softmax(standardised score / temperature)
+    (MPPI). The first candidate of each elite carries no noise.
+    """
+    R = candidates_per_elite(config, dynamics.elites)
+    depth = config.horizon if config.kind == "mpc" else 1
+    B, device = len(observation_BO), observation_BO.device
+    action_dim = values.act(observation_BO[:1]).shape[-1]
+    noise = torch.randn((depth, dynamics.elites, B, R, action_dim), generator=generator).to(device) * config.noise_std
+    noise[:, :, :, 0] = 0.0
+    chunk = max(1, ROWS // (dynamics.elites * R))
+    plans = []
+    for begin in range(0, B, chunk):
+        part = slice(begin, begin + chunk)
+        decide = _mpc if config.kind == "mpc" else _greedy_q
+        plans.append(decide(observation_BO[part], noise[:, :, part], dynamics, values, config, discount))
+    return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
+
+
+def _mpc(
+    observation_BO: Tensor, noise_HEBRA: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+) -> Plan:
+    H, E, B, R, A = noise_HEBRA.shape
+    state = observation_BO[None, :, None].expand(E, B, R, -1).reshape(E, B * R, -1)
+    score = torch.zeros(E, B * R, device=state.device)
+    alive = torch.ones_like(score)
+    first = state.new_empty(0)
+    for h in range(H):
+        action = (values.act(state) + noise_HEBRA[h].reshape(E, B * R, A)).clamp(-1.0, 1.0)
+        if h == 0:
+            first = action
+        state, reward, ended = dynamics.step(state, action)
+        score += discount**h * alive * reward
+        alive = alive * (1.0 - ended)
+    score += discount**H * alive * values.v(state)
+    if config.disagreement_penalty > 0:
+        score -= config.disagreement_penalty * _disagreement(observation_BO, first.reshape(E, B, R, A), dynamics, values, discount)
+    score_BN = score.reshape(E, B, R).transpose(0, 1).reshape(B, E * R)
+    first_BNA = first.reshape(E, B, R, A).transpose(0, 1).reshape(B, E * R, A)
+    _require_finite(score_BN)
+    best = score_BN.amax(1, keepdim=True)
+    spread = score_BN.std(1, keepdim=True).clamp(min=1e-6)
+    weight = torch.softmax((score_BN - best) / spread / config.temperature, 1)
+    return Plan((weight[..., None] * first_BNA).sum(1), best[:, 0], score_BN.mean(1))
+
+
+def _disagreement(
+    observation_BO: Tensor, first_EBRA: Tensor, dynamics: Dynamics, values: Values, discount: float
+) -> Tensor:
+    """Std over the elites of r + gamma c V(s') of every candidate's first action: (E, B * R)."""
+    E, B, R, A = first_EBRA.shape
+    state = observation_BO[None, :, None].expand(E, B, R, -1).reshape(1, E * B * R, -1).expand(dynamics.elites, -1, -1)
+    action = first_EBRA.reshape(1, E * B * R, A).expand(dynamics.elites, -1, -1)
+    following, reward, ended = dynamics.step(state, action)
+    return (reward + discount * (1.0 - ended) * values.v(following)).std(0).reshape(E, B * R)
+
+
+def _greedy_q(
+    observation_BO: Tensor, noise_HEBRA: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+) -> Plan:
+    _, E, B, R, A = noise_HEBRA.shape
+    offset_BNA = noise_HEBRA[0].transpose(0, 1).reshape(B, E * R, A)
+    action_BNA = (values.act(observation_BO)[:, None] + offset_BNA).clamp(-1.0, 1.0)
+    score_BN = values.q(observation_BO[:, None].expand(-1, E * R, -1), action_BNA).amin(0)
+    _require_finite(score_BN)
+    best = score_BN.argmax(1)
+    rows = torch.arange(B, device=best.device)
+    return Plan(action_BNA[rows, best], score_BN[rows, best], score_BN.mean(1))
+
+
+def _require_finite(score_BN: Tensor) -> None:
+    bad = int((~torch.isfinite(score_BN)).sum())
+    if bad:
+        raise FloatingPointError(
+            f"{bad} of {score_BN.numel()} planner scores are not finite: the world model or V diverged on imagined states; "
+            "look at their learning curves, or shorten planner.horizon."
+        )

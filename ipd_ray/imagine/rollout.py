@@ -1,0 +1,115 @@
+"""Step 4: one shard of imagined segments. Shapes: S segments, L steps, O observation, A action."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ipd_ray.config import ImagineConfig, PlannerConfig
+from ipd_ray.data.shards import Segments
+from ipd_ray.data.transitions import Bools, Floats, Ints, Log
+from ipd_ray.imagine.planner import Dynamics, Values, plan
+from ipd_ray.layers import block_generator
+from ipd_ray.world_model.uncertainty import ensemble_divergence
+
+_STREAM = 44
+
+
+class ImaginationDynamics(Dynamics, Protocol):
+    """A world model that segments can be rolled out in."""
+
+    def step_together(
+        self, observation_BO: Tensor, action_BA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Mean transition of the elites and their Gaussians."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """What one task imagines: identity alone, no data."""
+
+    shard: int
+    index: Ints
+    """(S,) steps of the log to start from."""
+    control: Bools
+    """(S,) of the control group."""
+
+
+def shard_specs(index: Ints, control: Bools, shard_size: int) -> list[ShardSpec]:
+    """Cut the starts into shards of `shard_size`; the last may be smaller."""
+    cuts = range(0, len(index), shard_size)
+    return [ShardSpec(i, index[c : c + shard_size], control[c : c + shard_size]) for i, c in enumerate(cuts)]
+
+
+@torch.no_grad()
+def imagine_shard(
+    spec: ShardSpec, log: Log, dynamics: ImaginationDynamics, values: Values, planner: PlannerConfig,
+    imagine: ImagineConfig, *, seed: int, device: str, replay: bool = False,
+) -> Segments:
+    """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
+
+    Noise is keyed by (seed, shard, step). replay: take the log's own actions instead of planned ones (the test of
+    acceptance: hardly any such segment may pass).
+    """
+    L, t = imagine.length, log.transitions
+    s = torch.from_numpy(t.observation[spec.index]).to(device)
+    observations, rewards, actions, ended_at, uncertainty, value = [s], [], [], [], [], [values.v(s)]
+    alive = torch.ones(len(s), dtype=torch.bool, device=device)
+    for k in range(L):
+        generator = block_generator(seed, _STREAM, spec.shard * 10_000 + k)
+        if replay:
+            at = np.minimum(spec.index + k, log.episode_end[spec.index])
+            action = torch.from_numpy(t.action[at]).to(device)
+        else:
+            action = plan(s, dynamics, values, planner, discount=log.discount, generator=generator).action
+        following, reward, ended, gaussians = dynamics.step_together(s, action)
+        ends = alive & (ended > 0.5)
+        s = torch.where(alive[:, None], following, s)
+        observations.append(s)
+        actions.append(action)
+        rewards.append(torch.where(alive, reward, 0.0))
+        ended_at.append(ends)
+        uncertainty.append(torch.where(alive, ensemble_divergence(*gaussians, imagine.divergence), 0.0))
+        alive = alive & ~ends
+        value.append(torch.where(alive, values.v(s), 0.0))
+    own = own_steps(log, spec.index, L)
+    own_value = values.v(torch.from_numpy(own.observation).to(device))
+
+    def column(parts: list[Tensor]) -> np.ndarray:
+        return torch.stack(parts, 1).cpu().numpy()
+
+    return Segments(
+        index=spec.index, episode=t.episode[spec.index], timestep=t.timestep[spec.index], control=spec.control,
+        observation=column(observations), action=column(actions), reward=column(rewards), terminal=column(ended_at),
+        uncertainty=column(uncertainty), value=column(value), own_reward=own.reward, own_terminal=own.terminal,
+        own_length=own.length, own_value=own_value.cpu().numpy(),
+    )
+
+
+@dataclass(frozen=True)
+class OwnSteps:
+    """The log's own continuation of S starts."""
+
+    observation: Floats
+    """(S, L + 1, O); the last one repeated where the episode ended."""
+    reward: Floats
+    """(S, L), transformed; 0 after the end."""
+    terminal: Bools
+    """(S, L)"""
+    length: Ints
+    """(S,) steps until the episode's end, at most L."""
+
+
+def own_steps(log: Log, index: Ints, length: int) -> OwnSteps:
+    """Return what the log did next from each start."""
+    t = log.transitions
+    end = log.episode_end[index]
+    own_length = np.minimum(end - index + 1, length)
+    at = np.minimum(index[:, None] + np.arange(length), end[:, None])
+    inside = np.arange(length) < own_length[:, None]
+    observation = np.concatenate([t.observation[index][:, None], t.next_observation[at]], 1)
+    return OwnSteps(observation, np.where(inside, log.reward[at], 0.0).astype(np.float32), t.terminal[at] & inside, own_length)

@@ -1,0 +1,56 @@
+"""Step 3: the states worth repairing, where V promises more than the episode brought."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ipd_ray.config import SelectConfig
+from ipd_ray.data.transitions import Bools, Floats, Ints, Log
+
+
+@dataclass(frozen=True)
+class Starts:
+    """S start states, in order of step index."""
+
+    index: Ints
+    """(S,) steps of the log."""
+    control: Bools
+    """(S,) drawn uniformly, not by regret."""
+
+
+def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig, *, length: int, seed: int) -> Starts:
+    """Draw start states: a random part of the top regret share, and a uniform control group.
+
+    value, returns: V(s_t) and bootstrapped G_t, (T,). At most one start in any `length` consecutive steps, at most
+    `episode_cap` of the starts in an episode.
+    """
+    regret = value - returns
+    rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
+    steps = len(log.transitions)
+    top = np.argsort(-regret, kind="stable")[: max(1, int(config.regret_share * steps))]
+    cap = max(1, int(config.episode_cap * config.starts))
+    control_count = round(config.control_share * config.starts)
+    taken = np.zeros(steps + length, bool)
+    per_episode = np.zeros(log.transitions.episodes, np.int64)
+    episode = log.transitions.episode
+
+    def draw(candidates: Ints, wanted: int) -> list[int]:
+        chosen: list[int] = []
+        for step in candidates[rng.permutation(len(candidates))]:
+            if len(chosen) == wanted:
+                break
+            if per_episode[episode[step]] >= cap or taken[max(0, step - length + 1) : step + length].any():
+                continue
+            taken[step] = True
+            per_episode[episode[step]] += 1
+            chosen.append(int(step))
+        return chosen
+
+    control = draw(np.arange(steps), control_count)
+    flagged = draw(top, config.starts - control_count)
+    index = np.array(control + flagged, np.int64)
+    is_control = np.arange(len(index)) < len(control)
+    order = np.argsort(index)
+    return Starts(index[order], is_control[order])

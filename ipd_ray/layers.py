@@ -1,0 +1,64 @@
+"""Layers that several steps share. Shapes: M members, B batch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class EnsembleLinear(nn.Module):
+    """M linear maps as one batched product: (M, B, in) to (M, B, out)."""
+
+    def __init__(self, members: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1.0 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x_MBI: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x_MBI, self.weight)
+
+
+class EnsembleMLP(nn.Module):
+    """M perceptrons side by side; LayerNorm before each activation where asked for."""
+
+    def __init__(
+        self, members: int, inputs: int, outputs: int, *, width: int, layers: int, activation: str = "relu",
+        layer_norm: bool = False,
+    ):
+        super().__init__()
+        sizes = [inputs] + [width] * layers
+        self.hidden = nn.ModuleList(EnsembleLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.out = EnsembleLinear(members, sizes[-1], outputs)
+        self.norm_scale = nn.ParameterList()
+        self.norm_shift = nn.ParameterList()
+        if layer_norm:
+            self.norm_scale.extend(nn.Parameter(torch.ones(members, 1, width)) for _ in range(layers))
+            self.norm_shift.extend(nn.Parameter(torch.zeros(members, 1, width)) for _ in range(layers))
+        self._activation = {"relu": F.relu, "silu": F.silu}[activation]
+
+    def forward(self, x_MBI: Tensor) -> Tensor:
+        for i, layer in enumerate(self.hidden):
+            x_MBI = layer(x_MBI)
+            if len(self.norm_scale):
+                normed = F.layer_norm(x_MBI, x_MBI.shape[-1:])
+                x_MBI = torch.addcmul(self.norm_shift[i], normed, self.norm_scale[i])
+            x_MBI = self._activation(x_MBI)
+        return self.out(x_MBI)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of trained values."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def block_generator(seed: int, stream: int, block: int) -> torch.Generator:
+    """Return a CPU generator that depends on identity alone, never on process state."""
+    mixed = torch.Generator()
+    # SplitMix-style odd multipliers keep (seed, stream, block) apart in the 64-bit seed.
+    value = (seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9 + block * 0x94D049BB133111EB + 1) % (1 << 63)
+    mixed.manual_seed(value)
+    return mixed

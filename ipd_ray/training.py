@@ -1,0 +1,75 @@
+"""The one training loop: resumes, logs, saves. What is learned lives in the trainer, where to stop in the caller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ipd_ray.artifacts import Workspace
+
+
+class Trainer(Protocol):
+    """Something that learns by numbered updates and whose whole state is tensors."""
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        """Do update number `step` and return scalars on the device. Depends on the state and `step` alone."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that `load_state` needs to go on bit for bit."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put a state back."""
+
+
+def train(
+    trainer: Trainer, total: int, workspace: Workspace | None, log_every: int = 500
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Run updates up to `total`, yielding (updates done, mean metrics since the last line) every `log_every`.
+
+    Checkpoints fall on log lines only, so that a resumed learning curve equals an undisturbed one.
+    """
+    start = 0
+    if workspace and (restored := workspace.restore()):
+        tensors, meta = restored
+        trainer.load_state(tensors)
+        start = int(meta["step"])
+    sums: dict[str, Tensor] = {}
+    count, began = 0, time.monotonic()
+    for step in range(start, total):
+        for name, value in trainer.update(step).items():
+            sums[name] = sums[name] + value if name in sums else value.detach().clone()
+        count += 1
+        if (step + 1) % log_every == 0 or step + 1 == total:
+            metrics = dict(zip(sums, (torch.stack(list(sums.values())) / count).tolist(), strict=True))
+            now = time.monotonic()
+            if workspace:
+                workspace.log(step + 1, total, {**metrics, "updates_per_second": count / max(now - began, 1e-9)})
+                if workspace.due() and step + 1 < total:
+                    workspace.checkpoint(step + 1, trainer.state())
+            yield step + 1, metrics
+            sums, count, began = {}, 0, now
+
+
+def set_threads(threads: int) -> None:
+    """Give this process `threads` CPU threads for tensor work."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def resolve_device(name: str) -> str:
+    """Return the torch device that `auto` stands for here."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def exhaust(iterator: Iterator[tuple[int, dict[str, float]]]) -> dict[str, Any]:
+    """Run a training to its end and return the last metrics."""
+    last: dict[str, float] = {}
+    for _, metrics in iterator:
+        last = metrics
+    return last

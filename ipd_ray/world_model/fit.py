@@ -1,0 +1,259 @@
+"""Fit the ensemble on whole-episode splits, and show that it learned. Shapes as in ensemble.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
+from ipd_ray.config import WorldModelConfig
+from ipd_ray.data.transitions import Log, floored_std
+from ipd_ray.layers import block_generator
+from ipd_ray.training import train
+from ipd_ray.world_model.ensemble import Ensemble, WorldModel
+from ipd_ray.world_model.termination import resolve
+from ipd_ray.world_model.uncertainty import ensemble_divergence
+
+VERSION = 1
+_BLOCK = 250
+_STREAM = 22
+_HOLDOUT_ROWS = 20_000
+_IMPROVEMENT = 0.99  # a hold-out error counts as better under this share of the best
+
+
+class WorldModelTrainer:
+    """Maximum likelihood of bounded Gaussians; the best weights of each member on the held-out episodes are kept."""
+
+    def __init__(self, log: Log, config: WorldModelConfig, seed: int, device: str):
+        t = log.transitions
+        torch.manual_seed(seed + 1)
+        self.model = Ensemble(config.members, t.observation_dim, t.spec.action_dim, config)
+        mean, std = log.observation_moments
+        targets = np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
+        known = targets[log.train_steps].astype(np.float64)
+        target_mean, target_std = known.mean(0).astype(np.float32), floored_std(known)
+        for name, value in (("observation_mean", mean), ("observation_std", std), ("target_mean", target_mean),
+                            ("target_std", target_std)):
+            getattr(self.model, name).copy_(torch.from_numpy(value))
+        self.model.to(device)
+        self._config, self._seed, self._device = config, seed, device
+        columns = np.concatenate(
+            [(t.observation - mean) / std, t.action, (targets - target_mean) / target_std, t.terminal[:, None]], 1
+        ).astype(np.float32)
+        self._split = [t.observation_dim + t.spec.action_dim, t.observation_dim + 1, 1]
+        self._table = torch.from_numpy(columns[log.train_steps]).to(device)
+        held = log.holdout_steps
+        if len(held) > _HOLDOUT_ROWS:
+            held = held[np.linspace(0, len(held) - 1, _HOLDOUT_ROWS).astype(np.int64)]
+        self._held = torch.from_numpy(columns[held]).to(device)
+        rows = len(self._table)
+        self._bootstrap = torch.randint(
+            rows, (config.members, rows), generator=block_generator(seed, _STREAM, 0)
+        ).to(device)
+        self._learn_termination = config.termination == "learned" and bool(t.terminal.any())
+        decayed = [p for p in self.model.net.parameters()]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay},
+             {"params": [self.model.max_log_variance, self.model.min_log_variance], "weight_decay": 0.0}],
+            lr=config.learning_rate, fused=True,
+        )
+        self.best = {name: value.detach().clone() for name, value in self.model.net.state_dict().items()}
+        self.best_error = torch.full((config.members,), float("inf"), device=device)
+        self.stale = 0
+        self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def _batch(self, step: int) -> list[Tensor]:
+        block, row = divmod(step, _BLOCK)
+        if self._block[0] != block:
+            size = (_BLOCK, self._config.members, self._config.batch_size)
+            draw = torch.randint(len(self._table), size, generator=block_generator(self._seed, _STREAM, block + 1))
+            self._block = (block, draw.to(self._device))
+        index = torch.gather(self._bootstrap, 1, self._block[1][row])
+        return list(self._table[index].split(self._split, -1))
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        config = self._config
+        inputs, target, terminal = self._batch(step)
+        mean, log_variance, logit = self.model.heads(inputs)
+        square = (mean - target).square()
+        nll = (square * torch.exp(-log_variance) + log_variance).mean((1, 2)).sum()
+        bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
+        loss = nll + 0.01 * bounds
+        if self._learn_termination:
+            loss = loss + F.binary_cross_entropy_with_logits(logit, terminal[..., 0], reduction="none").mean(1).sum()
+        rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._optimizer.step()
+        metrics = {"nll": nll.detach() / config.members, "train_mse": square.mean().detach()}
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.max_updates:
+            self._look()
+        return metrics
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        errors = self.holdout_error()
+        better = errors < _IMPROVEMENT * self.best_error
+        for name, value in self.model.net.state_dict().items():
+            self.best[name][better] = value[better]
+        self.best_error = torch.where(better, errors, self.best_error)
+        self.stale = 0 if bool(better.any()) else self.stale + 1
+
+    @torch.no_grad()
+    def holdout_error(self) -> Tensor:
+        """Mean squared error (M,) of the means on held-out steps, in normalised units."""
+        total = torch.zeros(self._config.members, device=self._device)
+        for rows in self._held.split(4096):
+            inputs, target, _ = rows.split(self._split, -1)
+            mean, _, _ = self.model.heads(inputs.expand(self._config.members, -1, -1))
+            total += (mean - target).square().mean(-1).sum(-1)
+        return total / len(self._held)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **prefixed("model", self.model.state_dict()), **prefixed("best", self.best),
+            **optimizer_tensors(self._optimizer), "stale": torch.tensor(self.stale),
+            "best_error": torch.nan_to_num(self.best_error, posinf=torch.finfo(torch.float32).max),
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(stripped("model", tensors))
+        self.best = {name: value.to(self._device) for name, value in stripped("best", tensors).items()}
+        self.best_error = tensors["best_error"].to(self._device)
+        self.stale = int(tensors["stale"])
+        load_optimizer(self._optimizer, tensors)
+
+    def elites(self, config: WorldModelConfig) -> Ensemble:
+        """Return the ensemble of the best members, each at its best weights."""
+        keep = torch.argsort(self.best_error)[: config.elites].sort().values
+        model = Ensemble(config.elites, self.model.observation_dim, self._split[0] - self.model.observation_dim, config)
+        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("net.")}
+        state.update({f"net.{name}": value[keep] for name, value in self.best.items()})
+        model.load_state_dict(state)
+        return model.to(self._device)
+
+
+def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: str, workspace: Workspace) -> None:
+    """Step 2: train until the held-out episodes stop improving, measure, leave the artifact in the workspace."""
+    trainer = WorldModelTrainer(log, config, seed, device)
+    every = min(config.eval_every, config.max_updates)
+    for _ in train(trainer, config.max_updates, workspace, log_every=every):
+        if trainer.stale >= config.patience:
+            break
+    ensemble = trainer.elites(config).eval().requires_grad_(False)
+    rule = resolve(config.termination)
+    if rule is None and not log.transitions.terminal.any():
+        rule = resolve("never")
+    model = WorldModel(ensemble, rule)
+    u = holdout_uncertainty(model, log, device)
+    tensors = {**ensemble.state_dict(), "holdout_uncertainty": torch.from_numpy(u)}
+    workspace.finish(
+        tensors, diagnose(model, log, u, device), world_model=config.model_dump(mode="json"),
+        observation_dim=log.transitions.observation_dim, action_dim=log.transitions.spec.action_dim,
+        terminates=bool(log.transitions.terminal.any()),
+    )
+
+
+def load_world_model(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> WorldModel:
+    """Rebuild what step 2 left behind, frozen."""
+    config = WorldModelConfig.model_validate(described["world_model"])
+    ensemble = Ensemble(config.elites, described["observation_dim"], described["action_dim"], config)
+    ensemble.load_state_dict({k: v for k, v in tensors.items() if k != "holdout_uncertainty"})
+    rule = resolve(config.termination)
+    if rule is None and not described["terminates"]:
+        rule = resolve("never")
+    return WorldModel(ensemble, rule).to(device).eval().requires_grad_(False)
+
+
+KINDS = ("primal", "dual")
+
+
+@torch.no_grad()
+def holdout_uncertainty(model: WorldModel, log: Log, device: str) -> NDArray[np.float32]:
+    """U of every held-out step, (2, N): primal and dual, in the order of `log.holdout_steps`."""
+    t, held = log.transitions, log.holdout_steps
+    parts = []
+    for rows in np.array_split(held, max(1, len(held) // 4096)):
+        s, a = (torch.from_numpy(c[rows]).to(device) for c in (t.observation, t.action))
+        *_, gaussians = model.step_together(s, a)
+        parts.append(torch.stack([ensemble_divergence(*gaussians, kind) for kind in KINDS]).cpu().numpy())
+    return np.concatenate(parts, 1)
+
+
+@torch.no_grad()
+def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -> dict[str, Any]:
+    """Show that the model learned: one-step error against trivial predictors, U against error, error by depth.
+
+    Errors are root mean squares over held-out steps in units of the spread of (s' - s, r): 1 is the constant predictor.
+    """
+    t, held = log.transitions, log.holdout_steps
+    ensemble = model.ensemble
+    mean, std = ensemble.target_mean.cpu().numpy(), ensemble.target_std.cpu().numpy()
+    target = np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
+    predicted, floor, done = [], [], []
+    for rows in np.array_split(held, max(1, len(held) // 4096)):
+        s, a = (torch.from_numpy(c[rows]).to(device) for c in (t.observation, t.action))
+        following, reward, p_done, (_, log_variance) = model.step_together(s, a)
+        predicted.append(torch.cat([following - s, reward[:, None]], 1).cpu().numpy())
+        floor.append(float((log_variance < ensemble.min_log_variance + 0.5).float().mean()))
+        done.append(p_done.cpu().numpy())
+    error = np.square((np.concatenate(predicted) - target[held]) / std)
+    trained = log.train_steps
+    design = np.concatenate([t.observation, t.action, np.ones((len(t), 1), np.float32)], 1)
+    weights, *_ = np.linalg.lstsq(design[trained].astype(np.float64), target[trained].astype(np.float64), rcond=None)
+    linear = np.square((design[held] @ weights - target[held]) / std)
+    constant = np.square((mean - target[held]) / std)
+    per_step = error.mean(1)
+    ranks = [float(np.corrcoef(np.argsort(np.argsort(kind)), np.argsort(np.argsort(per_step)))[0, 1]) for kind in u]
+    p_done, truth = np.concatenate(done), t.terminal[held]
+    sample = np.random.default_rng(0).choice(len(held), min(len(held), 2000), replace=False)
+    return {
+        "rmse": float(np.sqrt(error.mean())),
+        "rmse_linear": float(np.sqrt(linear.mean())),
+        "rmse_constant": float(np.sqrt(constant.mean())),
+        "reward_rmse": float(np.sqrt(error[:, -1].mean())),
+        "uncertainty_rank_correlation": dict(zip(KINDS, ranks, strict=True)),
+        "share_at_variance_floor": float(np.mean(floor)),
+        "rollout_rmse_by_depth": rollout_error(model, log, device),
+        "termination": {
+            "true": int(truth.sum()), "found": int((truth & (p_done > 0.5)).sum()),
+            "false_alarms": int((~truth & (p_done > 0.5)).sum()), "steps": len(truth),
+        },
+        "sample": {"uncertainty": u[0][sample].astype(float).tolist(), "error": np.sqrt(per_step[sample]).astype(float).tolist()},
+    }
+
+
+@torch.no_grad()
+def rollout_error(model: WorldModel, log: Log, device: str, depth: int = 20, starts: int = 2000) -> dict[str, list[float]]:
+    """Error of open-loop roll-outs along held-out actions, by depth, against standing still.
+
+    In units of the spread of observations; a start takes part as long as its episode lasts.
+    """
+    t, held = log.transitions, log.holdout_steps
+    left = log.episode_end[held] - held + 1
+    rng = np.random.default_rng(0)
+    begin = rng.choice(held, min(starts, len(held)), replace=False)
+    remaining = left[np.searchsorted(held, begin)]
+    scale = log.observation_moments[1]
+    s0 = t.observation[begin]
+    s = torch.from_numpy(s0).to(device)
+    errors, still = [], []
+    for k in range(depth):
+        alive = remaining > k
+        if alive.sum() < 20:
+            break
+        index = np.minimum(begin + k, len(t) - 1)
+        s, *_ = model.step_together(s, torch.from_numpy(t.action[index]).to(device))
+        truth = t.next_observation[index][alive]
+        errors.append(float(np.sqrt(np.square((s.cpu().numpy()[alive] - truth) / scale).mean())))
+        still.append(float(np.sqrt(np.square((s0[alive] - truth) / scale).mean())))
+    return {"model": errors, "still": still}

@@ -1,0 +1,61 @@
+"""When an imagined episode ends: a learned head serves every task, a known rule is better where there is one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ipd_ray.errors import UserError, near_name
+
+TerminationRule = Callable[[Tensor], Tensor]
+"""Raw next observations (B, O) to a boolean (B,)."""
+
+
+def never(observation_BO: Tensor) -> Tensor:
+    """No state ends an episode."""
+    return torch.zeros(len(observation_BO), dtype=torch.bool, device=observation_BO.device)
+
+
+def hopper(observation_BO: Tensor) -> Tensor:
+    """Gymnasium's Hopper: height over 0.7, |angle| under 0.2, every other state entry under 100."""
+    healthy = (observation_BO[:, 0] > 0.7) & (observation_BO[:, 1].abs() < 0.2)
+    return ~(healthy & (observation_BO[:, 1:].abs() < 100.0).all(1))
+
+
+def walker2d(observation_BO: Tensor) -> Tensor:
+    """Gymnasium's Walker2d: height in (0.8, 2), |angle| under 1."""
+    height, angle = observation_BO[:, 0], observation_BO[:, 1]
+    return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+
+
+RULES: dict[str, TerminationRule] = {"never": never, "hopper": hopper, "walker2d": walker2d}
+
+
+def resolve(name: str) -> TerminationRule | None:
+    """Return the rule of `world_model.termination`, None for the learned head. Raises UserError for an unknown one."""
+    if name == "learned":
+        return None
+    if name in RULES:
+        return RULES[name]
+    module, sep, function = name.partition(":")
+    if not sep:
+        known = ["learned", *RULES]
+        raise UserError(
+            f"world_model.termination={name!r} must be one of {', '.join(known)} or package.module:function."
+            + near_name(name, known)
+        )
+    return import_dotted("world_model.termination", module, function)
+
+
+def import_dotted(field: str, module: str, function: str) -> Callable[..., Tensor]:
+    """Return a user's function by dotted path. Raises UserError where it cannot be had."""
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{field}={module}:{function} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+    if not callable(found):
+        raise UserError(f"{field}={module}:{function} is {type(found).__name__}, not a function.")
+    return found

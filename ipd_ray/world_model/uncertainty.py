@@ -1,0 +1,32 @@
+"""U(s, a): how far apart the elites' Gaussians are. Shapes: E elites, B rows, D dimensions."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def geometric_js(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Tensor, kind: str) -> Tensor:
+    """Geometric Jensen-Shannon divergence of diagonal Gaussians (..., D), summed over D (Nielsen 2019).
+
+    primal: sum of 1/2 [q - 1 - 1/2 ln q + d^2 (v1^2 + v2^2) / (4 v1 v2 (v1 + v2))], q = (v1 + v2)^2 / (4 v1 v2).
+    dual:   sum of d^2 / (4 (v1 + v2)) + 1/2 ln((v1 + v2) / (2 sqrt(v1 v2))), the Bhattacharyya distance.
+    """
+    square = (mean_1 - mean_2).square()
+    v1, v2 = log_var_1.exp(), log_var_2.exp()
+    total, product = v1 + v2, v1 * v2
+    q = total.square() / (4.0 * product)
+    if kind == "dual":
+        return (square / (4.0 * total) + 0.25 * q.log()).sum(-1)
+    spread = square * (v1.square() + v2.square()) / (4.0 * product * total)
+    return (0.5 * (q - 1.0 - 0.5 * q.log() + spread)).sum(-1)
+
+
+def ensemble_divergence(mean_EBD: Tensor, log_variance_EBD: Tensor, kind: str) -> Tensor:
+    """U (B,): mean divergence over all pairs of elites."""
+    pairs = torch.tensor(list(itertools.combinations(range(len(mean_EBD)), 2)), device=mean_EBD.device).T
+    return geometric_js(
+        mean_EBD[pairs[0]], log_variance_EBD[pairs[0]], mean_EBD[pairs[1]], log_variance_EBD[pairs[1]], kind
+    ).mean(0)
