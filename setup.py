@@ -1,0 +1,45 @@
+"""Package metadata and dependency ranges. The exact versions the tests ran with are in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ipd_ray",
+    version="0.1.0",
+    description="Offline RL that plans: MPC imagination in learned world models, distilled into a policy, on Ray",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["ipd_ray", "ipd_ray.*"]),
+    package_data={"ipd_ray": ["py.typed", "presets/*.yaml", "report/**/*.html"]},
+    install_requires=[
+        "gymnasium[classic-control]>=1.0",
+        "h5py>=3.8",
+        "matplotlib>=3.8",
+        "minari[hdf5]>=0.5.3",
+        "numpy>=2.0",
+        "pyarrow>=17.0",
+        "pydantic>=2.9",
+        "PyYAML>=6.0",
+        # `default` brings the dashboard: `ray job` needs it, and so does Train inside Tune, which asks its State API
+        # to free the CPUs of a stopped trial; without it a sweep hangs. Not `rllib`: it pins gymnasium.
+        "ray[default,tune,train]>=2.54",
+        "rich>=13.0",
+        "safetensors>=0.4.3",
+        "torch>=2.6",
+        "typer>=0.12",
+        "wandb>=0.18",
+    ],
+    extras_require={
+        "mujoco": ["gymnasium[mujoco]>=1.0"],
+        "tensorboard": ["tensorboard>=2.16"],
+        "dev": [
+            "import-linter>=2.0",
+            "mypy>=1.11",
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "types-PyYAML>=6.0",
+        ],
+    },
+    entry_points={"console_scripts": ["ipd-ray = ipd_ray.cli:main"]},
+)
