@@ -14,9 +14,13 @@ from typing import Any
 
 import gymnasium
 import minari
+import numpy as np
+from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
+from numpy.typing import NDArray
 
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.errors import UserError
 
 ROOT_VARIABLE = "MINARI_DATASETS_PATH"
@@ -26,6 +30,87 @@ def datasets_path() -> Path:
     """Return the folder of local Minari datasets: MINARI_DATASETS_PATH, or Minari's own default. Creates nothing."""
     root = os.environ.get(ROOT_VARIABLE)
     return Path(root) if root else Path.home() / ".minari" / "datasets"
+
+
+def export_minari(
+    transitions: Transitions,
+    segments: Sequence[Mapping[str, Any]],
+    dataset_id: str,
+    *,
+    root: Path | None = None,
+    with_log: bool = True,
+) -> Path:
+    """Write the log's episodes, then every segment as an episode of its own, and return the dataset's folder.
+
+    segments: each observations (l + 1, O) raw, actions (l, A) in [-1, 1], rewards (l,) raw, terminated bool. A segment
+        that did not terminate ends truncated.
+    with_log: False writes the segments alone.
+
+    Actions are in the environment's units and bounds again. Observations stay flattened, one float32 Box (O,). Where
+    the log's own space has another shape (a Dict, say), its JSON form is kept in the metadata as `flattened_from`, and
+    the environment's spec is left out: its observations would not fit the dataset.
+    """
+    spec, size = transitions.spec, transitions.observation_dim
+    episodes = [_log_episode(transitions, e) for e in range(transitions.episodes)] if with_log else []
+    episodes += [_segment_episode(spec, size, index, segment) for index, segment in enumerate(segments)]
+    if not episodes:
+        raise UserError(f"dataset {dataset_id}: there is no segment to export: accept some, or export the log too.")
+    flat = spec.observation_space["type"] == "Box" and list(spec.observation_space["shape"]) == [size]
+    metadata: dict[str, Any] = {"log_episodes": len(episodes) - len(segments), "imagined_segments": len(segments)}
+    if not flat:
+        metadata["flattened_from"] = spec.observation_space
+    least, most = spec.ref_min_score, spec.ref_max_score
+    low, high = (np.reshape(bound, spec.action_shape) for bound in (spec.action_low, spec.action_high))
+    dtype: Any = np.dtype(spec.action_dtype)
+    return write_minari(
+        dataset_id,
+        episodes,
+        observation_space=Box(-np.inf, np.inf, (size,), np.float32),
+        action_space=Box(low.astype(dtype), high.astype(dtype), dtype=dtype),
+        description=f"{spec.dataset} {'with' if with_log else 'as'} {len(segments)} imagined segments",
+        root=root,
+        env_spec=spec.env_spec if flat else None,
+        ref_scores=None if least is None or most is None else (least, most),
+        metadata=metadata,
+    )
+
+
+def _log_episode(transitions: Transitions, episode: int) -> EpisodeBuffer:
+    steps = slice(int(transitions.episode_start[episode]), int(transitions.episode_start[episode + 1]))
+    observations = np.concatenate([transitions.observation[steps], transitions.next_observation[steps][-1:]])
+    terminated = bool(transitions.terminal[steps][-1])
+    actions = transitions.spec.unscale_action(transitions.action[steps])
+    return episode_buffer(observations, actions, transitions.reward[steps], terminated)
+
+
+def _segment_episode(spec: Spec, size: int, index: int, segment: Mapping[str, Any]) -> EpisodeBuffer:
+    observations = np.asarray(segment["observations"], np.float32)
+    actions = np.asarray(segment["actions"], np.float32)
+    rewards = np.asarray(segment["rewards"], np.float32)
+    length = len(rewards)
+    for name, array, shape in (
+        ("observations", observations, (length + 1, size)),
+        ("actions", actions, (length, spec.action_dim)),
+        ("rewards", rewards, (max(length, 1),)),
+    ):
+        if array.shape != shape:
+            raise ValueError(f"segments[{index}].{name} has shape {array.shape}, must be {shape}: rewards set l.")
+    return episode_buffer(observations, spec.unscale_action(actions), rewards, bool(segment["terminated"]))
+
+
+def episode_buffer(
+    observations: NDArray[Any], actions: NDArray[Any], rewards: NDArray[Any], terminated: bool
+) -> EpisodeBuffer:
+    """Return l steps as Minari's buffer; the last one is terminated or truncated."""
+    end = np.zeros(len(rewards), bool)
+    end[-1] = True
+    return EpisodeBuffer(
+        observations=observations,
+        actions=actions,
+        rewards=rewards.astype(np.float64),
+        terminations=end & terminated,
+        truncations=end & (not terminated),
+    )
 
 
 def write_minari(
