@@ -111,7 +111,8 @@ class Workspace:
     def __init__(self, path: Path, checkpoint_seconds: float = 30.0):
         self.path = path
         self._checkpoint_seconds = checkpoint_seconds
-        self._saved = time.monotonic()
+        self._began = self._saved = time.monotonic()
+        self._spent = 0.0  # seconds before the last resume
         path.mkdir(parents=True, exist_ok=True)
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -129,6 +130,7 @@ class Workspace:
             return None
         kept = [row for row in read_jsonl(metrics) if row["step"] <= meta["step"]]
         write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        self._spent = float(meta.get("seconds", 0.0))
         return tensors, meta
 
     def due(self) -> bool:
@@ -138,8 +140,13 @@ class Workspace:
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
         """Replace the checkpoint. Raises FloatingPointError rather than save a non-finite value."""
         require_finite(tensors, f"the checkpoint of step {step}")
-        save_tensors(self.path / "checkpoint.safetensors", tensors, {**(meta or {}), "step": step})
+        save_tensors(self.path / "checkpoint.safetensors", tensors, {**(meta or {}), "step": step, "seconds": self.seconds})
         self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the step so far, over all its resumes."""
+        return round(self._spent + time.monotonic() - self._began, 3)
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Append a line to the learning curve. Raises FloatingPointError where a metric is not finite."""
@@ -161,7 +168,7 @@ class Workspace:
 
     def describe(self, content_digest: str, diagnostics: Mapping[str, Any], **described: Any) -> None:
         """Write the part of artifact.json that the step knows."""
-        content = {"digest": content_digest, "diagnostics": dict(diagnostics), **described}
+        content = {"digest": content_digest, "diagnostics": dict(diagnostics), "seconds": self.seconds, **described}
         write_atomic(self.path / "artifact.json", json.dumps(content, indent=1))
 
 
@@ -381,13 +388,13 @@ class Store:
                     time.sleep(0.5)
             yield folders
 
-    def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any], seconds: float) -> Artifact:
-        """Turn a finished work folder into the artifact of its key."""
+    def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any]) -> Artifact:
+        """Turn a finished work folder into the artifact of its key; `parts` says what the key was made of."""
         partial, folder = self.partial(step, key), self._folder(step, key)
         described = json.loads((partial / "artifact.json").read_text())
         content = {
             "schema": SCHEMA, "step": step, "version": version, "key": key, "parts": dict(parts),
-            "platform": numeric_platform(), "seconds": seconds, **described,
+            "platform": numeric_platform(), **described,
         }
         write_atomic(partial / "artifact.json", json.dumps(content, indent=1))
         (partial / "checkpoint.safetensors").unlink(missing_ok=True)

@@ -33,6 +33,7 @@ class Policy:
         self.spec = Spec(**described["spec"])
         self.reward_scale = float(described["reward_scale"])
         """Raw rewards times this are the units of V."""
+        self.discount = float(described["discount"])
         self.prompt = str(described["prompt"])
         config = PolicyConfig.model_validate(described["policy"])
         values = described["values"]

@@ -59,13 +59,13 @@ def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int,
     kwargs = {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
     n = config.episodes
     envs = gym.vector.SyncVectorEnv(
-        [lambda: make(**kwargs) for _ in range(n)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        [lambda: make(**kwargs) for _ in range(n)]  # an ended episode starts anew; its rows no longer count
     )
     try:
         _check_spaces(policy.spec, envs)
         observation, _ = envs.reset(seed=[config.seed + i for i in range(n)])
         policy.reset()
-        total, length = np.zeros(n), np.zeros(n, np.int64)
+        total, discounted, length = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
         running = np.ones(n, bool)
         reward: Any = None
         value_at_start = policy.value(observation)
@@ -74,6 +74,7 @@ def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int,
             action = policy.act(observation, reward)
             observation, reward, terminated, truncated, _ = envs.step(action)
             total += reward * running
+            discounted += policy.discount**steps * reward * running
             length += running
             running &= ~(terminated | truncated)
             steps += 1
@@ -87,7 +88,7 @@ def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int,
         "return_mean": float(total.mean()), "return_std": float(total.std()), "returns": total.tolist(),
         "lengths": length.tolist(), "episodes": n,
         "normalised": float(np.mean(known)) if known else None,
-        "value_at_start": float(value_at_start.mean()),
+        "discounted_mean": float(discounted.mean()), "value_at_start": float(value_at_start.mean()),
     }
 
 

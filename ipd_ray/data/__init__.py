@@ -1,0 +1,1 @@
+"""Step 0: the log, as columns that every step reads."""

@@ -1,0 +1,235 @@
+"""Engines carry tasks out: on this machine's processes here, on Ray in `distributed`. Neither knows the method."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from ipd_ray.steps import DistillJob, run_distill
+
+
+@dataclass(frozen=True)
+class Task:
+    """One call of a module-level function in some worker."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt at a task ended."""
+
+    task: int
+    result: Any = None
+    error: str | None = None
+    """Traceback of what the function raised."""
+    lost: bool = False
+    """The worker died; the task itself may be fine."""
+
+
+class Workers(Protocol):
+    """Where tasks run: at most `capacity` at a time."""
+
+    def capacity(self, waiting: int) -> int:
+        """Return how many more tasks can start now, given how many wait."""
+
+    def start(self, number: int, task: Task) -> None:
+        """Begin a task."""
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """Return the attempts that ended, at the latest after `seconds`."""
+
+
+class TaskError(RuntimeError):
+    """A task failed for good: its name and traceback."""
+
+
+ATTEMPTS = 3
+
+
+def drive(
+    tasks: Sequence[Task], workers: Workers, *, tick: Callable[[], None] | None = None,
+    done: Callable[[int, Any], None] | None = None,
+) -> dict[int, str]:
+    """Carry out all tasks, starting again what a dead worker lost; return {task: traceback} of those set aside.
+
+    A task is tried ATTEMPTS times. `done` is called with each result, `tick` at least twice a second.
+    """
+    waiting = deque(range(len(tasks)))
+    attempts = [0] * len(tasks)
+    running: set[int] = set()
+    failed: dict[int, str] = {}
+    while waiting or running:
+        while waiting and workers.capacity(len(waiting)) > 0:
+            number = waiting.popleft()
+            attempts[number] += 1
+            workers.start(number, tasks[number])
+            running.add(number)
+        for outcome in workers.wait(0.5):
+            running.discard(outcome.task)
+            if outcome.error is None and not outcome.lost:
+                if done:
+                    done(outcome.task, outcome.result)
+            elif attempts[outcome.task] < ATTEMPTS:
+                waiting.append(outcome.task)
+            else:
+                failed[outcome.task] = outcome.error or f"{tasks[outcome.task].name}: its worker died {ATTEMPTS} times"
+        if tick:
+            tick()
+    return failed
+
+
+class Engine(Protocol):
+    """What the pipeline asks for. All calls return when everything is done."""
+
+    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        """Carry out independent steps side by side. Raises TaskError where one fails."""
+
+    def map_shards(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
+    ) -> dict[int, str]:
+        """Carry out many small tasks; return {task: traceback} of those set aside."""
+
+    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
+        """Carry out step 5."""
+
+    def close(self) -> None:
+        """Let go of workers."""
+
+
+def distill_task(job: DistillJob) -> Task:
+    """Step 5 as a task of one process."""
+    return Task("distill", run_distill, {"work": job.work, "place": job.place, "job": job})
+
+
+class LocalEngine:
+    """Processes of this machine; needs no ray."""
+
+    def __init__(self, processes: int):
+        self._pool = ProcessPool(max(1, processes))
+
+    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        raise_failures(tasks, drive(tasks, self._pool, tick=tick))
+
+    def map_shards(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
+    ) -> dict[int, str]:
+        return drive(tasks, self._pool, tick=tick, done=done)
+
+    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
+        self.run_steps([distill_task(job)], tick)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def raise_failures(tasks: Sequence[Task], failed: Mapping[int, str]) -> None:
+    """Raise TaskError for what was set aside."""
+    if failed:
+        raise TaskError("\n".join(f"{tasks[i].name} failed:\n{text}" for i, text in failed.items()))
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+    task: int | None = field(default=None)
+
+
+class ProcessPool:
+    """Spawned processes, each with one task at a time; a dead one is replaced."""
+
+    def __init__(self, size: int):
+        self._size = size
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+        self._numbers = itertools.count()
+
+    def capacity(self, waiting: int) -> int:
+        return self._size - sum(w.task is not None for w in self._workers)
+
+    def start(self, number: int, task: Task) -> None:
+        worker = next((w for w in self._workers if w.task is None), None) or self._add()
+        worker.task = number
+        with suppress(OSError):  # a worker that died idle: `wait` finds it
+            worker.pipe.send(task)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        busy = [w for w in self._workers if w.task is not None]
+        ready = wait([w.pipe for w in busy] + [w.process.sentinel for w in busy], seconds)
+        outcomes = []
+        for worker in busy:
+            if worker.pipe not in ready and worker.process.sentinel not in ready:
+                continue
+            number, worker.task = worker.task, None
+            try:
+                result, error = worker.pipe.recv() if worker.pipe.poll() else (None, None)
+                lost = not worker.process.is_alive() and result is None and error is None
+            except (EOFError, OSError):
+                result, error, lost = None, None, True
+            if lost:
+                self._workers.remove(worker)
+                worker.pipe.close()
+            outcomes.append(Outcome(number if number is not None else -1, result, error, lost))
+        return outcomes
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+            worker.pipe.close()
+        self._workers.clear()
+
+    def _add(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_serve, args=(theirs,), name=f"ipd-ray-{next(self._numbers)}", daemon=True
+        )
+        process.start()
+        theirs.close()
+        worker = _Worker(process, ours)
+        self._workers.append(worker)
+        return worker
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's life: tasks in, results or tracebacks out, until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    for task in _received(pipe):
+        try:
+            reply = (task.function(**task.arguments) or True, None)
+        except Exception:
+            reply = (None, traceback.format_exc())
+        pipe.send(reply)
+
+
+def _die_with_parent(parent: int) -> None:
+    """End this process soon after its parent: two may never write one workspace."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
+
+
+def _received(pipe: Connection) -> Iterator[Task]:
+    while True:
+        try:
+            yield pipe.recv()
+        except (EOFError, OSError):
+            return
+
+

@@ -1,0 +1,356 @@
+"""The method, top to bottom: values and world model, imagination, distillation, evaluation.
+
+Every step is looked up by key first; what is missing is claimed, computed by an engine, and committed to the store.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ipd_ray.artifacts import Artifact, Store, Workspace, folder_bytes, make_key
+from ipd_ray.config import DistillConfig, RunConfig
+from ipd_ray.data.columns import read_columns, write_columns
+from ipd_ray.data.shards import read_entry
+from ipd_ray.data.transitions import Transitions
+from ipd_ray.distill import fit as distill_fit
+from ipd_ray.engine import Engine, Task, distill_task
+from ipd_ray.errors import PartialError
+from ipd_ray.evaluate import episodes
+from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.imagine.rollout import ShardSpec
+from ipd_ray.progress import CurveTail, Listener
+from ipd_ray.steps import (
+    DistillJob,
+    LogRef,
+    Place,
+    finish_imagination,
+    run_evaluate,
+    run_select,
+    run_shard,
+    run_values,
+    run_world_model,
+)
+from ipd_ray.training import resolve_device
+from ipd_ray.values import fit as values_fit
+from ipd_ray.world_model import fit as world_model_fit
+
+IMAGINE_VERSION = 1
+STEPS = ("values", "world_model", "imagine", "distill", "evaluate")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One artifact of a run: its step, its key, and what the key was made of."""
+
+    name: str
+    """Unique in the run: the step, or step:variant for an ablation."""
+    step: str
+    version: int
+    seed: int
+    sections: Mapping[str, Any]
+    upstream: Mapping[str, str]
+
+    @cached_property
+    def key(self) -> str:
+        return make_key(self.step, self.version, seed=self.seed, sections=self.sections, upstream=self.upstream)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        plain = {k: v.model_dump(mode="json") if hasattr(v, "model_dump") else v for k, v in self.sections.items()}
+        return {"seed": self.seed, "config": plain, "upstream": dict(self.upstream)}
+
+
+def variants(config: RunConfig) -> dict[str, DistillConfig]:
+    """What is distilled: the policy itself ("ipd"), and the ablations that were asked for."""
+    plain = {"imagined_ratio": 0.0}
+    changes: dict[str, dict[str, Any]] = {
+        "bc": {**plain, "eta": 0.0, "prompt": "none", "data_temperature": 0.0}, "no_imagination": plain,
+    }
+    out = {"ipd": config.distill}
+    for name in config.ablations:
+        out[name] = config.distill.model_copy(update=changes[name])
+    return out
+
+
+class Parts:
+    """Keys of everything that a run makes."""
+
+    def __init__(self, config: RunConfig, content_hash: str):
+        c, data = config, {"data": content_hash}
+        self.values = Part("values", "values", values_fit.VERSION, c.seed, {"data": c.data, "values": c.values}, data)
+        self.world_model = Part(
+            "world_model", "world_model", world_model_fit.VERSION, c.seed,
+            {"data": c.data, "world_model": c.world_model}, data,
+        )
+        self.imagine = Part(
+            "imagine", "imagine", IMAGINE_VERSION, c.seed,
+            {"select": c.select, "planner": c.planner, "imagine": c.imagine},
+            {"values": self.values.key, "world_model": self.world_model.key},
+        )
+        self.distill: dict[str, Part] = {}
+        self.evaluate: dict[str, Part] = {}
+        for variant, distill in variants(c).items():
+            suffix = "" if variant == "ipd" else f":{variant}"
+            imagined = distill.imagined_ratio > 0
+            sections = {"policy": c.policy, "distill": distill, **({"accept": c.accept} if imagined else {})}
+            upstream = {"values": self.values.key, **({"imagine": self.imagine.key} if imagined else {})}
+            self.distill[variant] = Part(
+                f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream
+            )
+            self.evaluate[variant] = Part(
+                f"evaluate{suffix}", "evaluate", episodes.VERSION, c.evaluate.seed, {"evaluate": c.evaluate},
+                {"distill": self.distill[variant].key},
+            )
+
+    def until(self, last: str) -> list[Part]:
+        """All parts up to and including a step, in order."""
+        parts = [self.values, self.world_model, self.imagine, *self.distill.values(), *self.evaluate.values()]
+        return [p for p in parts if STEPS.index(p.step) <= STEPS.index(last)]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run in progress."""
+
+    config: RunConfig
+    transitions: Transitions
+    store: Store
+    engine: Engine
+    listener: Listener
+
+    @cached_property
+    def parts(self) -> Parts:
+        return Parts(self.config, self.transitions.content_hash)
+
+    @cached_property
+    def device(self) -> str:
+        return resolve_device(self.config.runtime.device)
+
+    def place(self, threads: int | None = None) -> Place:
+        runtime = self.config.runtime
+        return Place(self.device, threads or runtime.threads, runtime.checkpoint_seconds)
+
+    @cached_property
+    def log(self) -> LogRef:
+        """The converted log in the store, written where it is missing."""
+        path = self.store.root / "data" / f"{self.transitions.content_hash[:24]}.safetensors"
+        if not path.exists() or read_columns(path) is None:
+            write_columns(path, self.transitions)
+        return LogRef(str(path), self.config.data, self.config.seed)
+
+    def path(self, part: Part) -> str:
+        artifact = self.store.find(part.step, part.key)
+        if artifact is None:
+            raise FileNotFoundError(f"{part.name} {part.key[:24]} is not in the store {self.store.root}")
+        return str(artifact.path)
+
+    def obtain(self, parts: Mapping[str, Part], compute: Callable[[dict[str, Path]], None]) -> None:
+        """Have the parts in the store: reuse what is there, compute the rest in claimed work folders."""
+        ready = {n for n, p in parts.items() if self.store.find(p.step, p.key)}
+        missing = {n: p for n, p in parts.items() if n not in ready}
+        with ExitStack() as stack:
+            folders: dict[str, Path] = {}
+            for name, part in sorted(missing.items(), key=lambda item: (item[1].step, item[1].key)):
+                claim = self.store.claim({part.step: part.key}, waiting=self._waiting)
+                folders.update({name: folder for folder in stack.enter_context(claim).values()})
+            if folders:
+                compute(folders)
+            for name in folders:
+                part = parts[name]
+                self.store.commit(part.step, part.key, version=part.version, parts=part.described)
+            for name, part in parts.items():
+                self.listener.end(part.name, Artifact(Path(self.path(part))).seconds, reused=name not in folders)
+
+    def _waiting(self, step: str, owner: Mapping[str, Any]) -> None:
+        self.listener.note(
+            f"{step}: another run (host {owner.get('host')}, process {owner.get('pid')}) is computing it; waiting for it"
+        )
+
+
+def run_until(context: Context, last: str = "evaluate") -> None:
+    """The method. Each step is reused where its key is in the store."""
+    order = STEPS.index(last)
+    learn_values_and_world_model(context, also_world_model=order != 0)
+    if order >= STEPS.index("imagine"):
+        imagine(context)
+    if order >= STEPS.index("distill"):
+        for variant in variants(context.config):
+            distill(context, variant)
+    if order >= STEPS.index("evaluate"):
+        for variant in variants(context.config):
+            evaluate(context, variant)
+
+
+def learn_values_and_world_model(context: Context, also_world_model: bool = True) -> None:
+    """Steps 1 and 2, side by side."""
+    parts = {"values": context.parts.values}
+    if also_world_model:
+        parts["world_model"] = context.parts.world_model
+    config, log = context.config, context.log
+
+    def compute(folders: dict[str, Path]) -> None:
+        functions = {"values": (run_values, config.values), "world_model": (run_world_model, config.world_model)}
+        tasks, tails = [], []
+        for name, folder in folders.items():
+            function, section = functions[name]
+            arguments = {"work": str(folder), "place": context.place(), "log": log, "config": section, "seed": config.seed}
+            tasks.append(Task(name, function, arguments))
+            tails.append(CurveTail(name, folder, context.listener))
+        context.engine.run_steps(tasks, lambda: _call(tails))
+
+    context.obtain(parts, compute)
+
+
+def imagine(context: Context) -> None:
+    """Steps 3 and 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
+    config, part = context.config, context.parts.imagine
+    if all(v.imagined_ratio == 0 for v in variants(config).values()):
+        return
+
+    def compute(folders: dict[str, Path]) -> None:
+        folder = folders["imagine"]
+        workspace = Workspace(folder)
+        shared = {
+            "work": str(folder), "place": context.place(), "log": context.log,
+            "values": context.path(context.parts.values), "imagine": config.imagine, "seed": config.seed,
+        }
+        specs: list[ShardSpec] = run_select(**shared, select=config.select)
+        missing = [s for s in specs if read_entry(folder, s.shard) is None]
+        done = len(specs) - len(missing)
+        if done:
+            context.listener.note(f"imagine: {done} of {len(specs)} shards are there already")
+        arguments = {**shared, "world_model": context.path(context.parts.world_model), "planner": config.planner}
+        tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
+        finished = done
+
+        def report(_: int, entry: Any) -> None:
+            nonlocal finished
+            finished += 1
+            imagined = entry["steps"] * (finished - done) / max(workspace.seconds, 1e-9)
+            context.listener.progress(
+                "imagine", finished, len(specs),
+                {"imagined_steps_per_second": imagined, "reward_gain": entry["reward_gain"]},
+            )
+
+        failed = context.engine.map_shards(tasks, report, lambda: None)
+        if failed:
+            lines = [f"shard {missing[i].shard}:\n{text}" for i, text in failed.items()]
+            raise PartialError(
+                f"imagine: {len(failed)} of {len(specs)} shards failed three times and were set aside; the others are kept "
+                f"in {folder} and a new run tries only these again:\n" + "\n".join(lines)
+            )
+        finish_imagination(workspace, len(specs))
+
+    context.obtain({"imagine": part}, compute)
+
+
+def distill(context: Context, variant: str = "ipd") -> None:
+    """Step 5, one policy."""
+    config, part = context.config, context.parts.distill[variant]
+    section = variants(config)[variant]
+    imagined = section.imagined_ratio > 0
+
+    def compute(folders: dict[str, Path]) -> None:
+        folder = folders[variant]
+        job = DistillJob(
+            work=str(folder), place=context.place(train_threads(config)), log=context.log,
+            values=context.path(context.parts.values),
+            world_model=context.path(context.parts.world_model) if imagined else None,
+            imagination=context.path(context.parts.imagine) if imagined else None,
+            divergence=config.imagine.divergence, accept=config.accept, policy=config.policy, distill=section,
+            seed=config.seed,
+        )
+        context.engine.distill(job, CurveTail(part.name, folder, context.listener))
+
+    context.obtain({variant: part}, compute)
+
+
+def evaluate(context: Context, variant: str = "ipd") -> None:
+    """Step 6, one policy; skipped with a line where there is no environment."""
+    config, part = context.config.evaluate, context.parts.evaluate[variant]
+    try:
+        environment_maker(context.transitions.spec, config.environment)
+    except NoEnvironment as error:
+        context.listener.note(f"evaluation skipped: {error}. The offline diagnostics stand.")
+        return
+
+    def compute(folders: dict[str, Path]) -> None:
+        folder = folders[variant]
+        arguments = {
+            "work": str(folder), "place": context.place(), "policy": context.path(context.parts.distill[variant]),
+            "config": config,
+        }
+        context.engine.run_steps([Task(part.name, run_evaluate, arguments)], CurveTail(part.name, folder, context.listener))
+
+    context.obtain({variant: part}, compute)
+
+
+def train_threads(config: RunConfig) -> int:
+    """CPU threads of one distillation worker."""
+    import os
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return config.runtime.train_threads or max(1, cores // config.runtime.workers)
+
+
+def _call(functions: list[CurveTail]) -> None:
+    for function in functions:
+        function()
+
+
+def summarise(context: Context) -> dict[str, Any]:
+    """What a run came to, for people and machines: the content of summary.json."""
+    t, store, parts = context.transitions, context.store, context.parts
+    found = {p.name: a for p in parts.until("evaluate") if (a := store.find(p.step, p.key))}
+    returns = t.episode_return
+    summary: dict[str, Any] = {
+        "dataset": t.spec.dataset, "seed": context.config.seed, "key": parts.distill["ipd"].key,
+        "data": {
+            "return_mean": float(returns.mean()), "return_std": float(returns.std()), "return_max": float(returns.max()),
+            "normalised": t.spec.normalise(float(returns.mean())), "episodes": t.episodes, "steps": len(t),
+        },
+        "seconds": {name: artifact.seconds for name, artifact in found.items()},
+    }
+    if distilled := found.get("distill"):
+        imagined = distilled.diagnostics["imagined"]
+        keep = ("segments", "accepted", "accept_rate", "accepted_steps", "accept_rate_control", "accept_rate_flagged",
+                "imagined_mean", "own_mean", "kappa")
+        summary["imagined"] = {k: imagined[k] for k in keep if k in imagined}
+    for variant, part in parts.evaluate.items():
+        if part.name in found:
+            scores = found[part.name].diagnostics
+            summary["policy" if variant == "ipd" else variant] = {
+                k: scores[k] for k in ("return_mean", "return_std", "normalised", "episodes", "discounted_mean", "value_at_start")
+            }
+    return summary
+
+
+def copy_policy(context: Context, folder: Path) -> None:
+    """Put the policy into the run folder, where `Policy.load` finds it without the store."""
+    source = Path(context.path(context.parts.distill["ipd"]))
+    target, fresh = folder / "policy", folder / ".policy.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(source, fresh)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.rename(target)
+
+
+def state_of(context: Context, last: str = "evaluate") -> list[dict[str, Any]]:
+    """What a run would reuse and what it would do, without doing it."""
+    rows = []
+    for part in context.parts.until(last):
+        artifact = context.store.find(part.step, part.key)
+        partial = context.store.partial(part.step, part.key)
+        state = "reused" if artifact else "goes on" if partial.exists() else "to do"
+        size = folder_bytes(artifact.path) if artifact else 0
+        rows.append({"step": part.name, "key": part.key[:24], "state": state, "bytes": size})
+    return rows
+
+
+__all__ = ["Context", "Parts", "copy_policy", "distill_task", "run_until", "state_of", "summarise"]

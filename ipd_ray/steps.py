@@ -1,0 +1,309 @@
+"""What a worker process does: read what a step needs, run the pure step, leave the artifact in its workspace.
+
+Every function here takes picklable arguments and paths, and may run in any process that sees the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ipd_ray.artifacts import Artifact, Workspace, prefixed, write_atomic
+from ipd_ray.config import (
+    AcceptConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ImagineConfig,
+    PlannerConfig,
+    PolicyConfig,
+    SelectConfig,
+    ValuesConfig,
+    WorldModelConfig,
+)
+from ipd_ray.data.columns import read_columns
+from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entry, read_shard, write_shard
+from ipd_ray.data.transitions import Log, prepare
+from ipd_ray.distill.fit import (
+    DistillTrainer,
+    Material,
+    Reducer,
+    advantage_weight,
+    fit_policy,
+    imagined_outcome,
+    uniform_action_spread,
+)
+from ipd_ray.distill.windows import Prompts
+from ipd_ray.evaluate.acting import Policy
+from ipd_ray.evaluate.episodes import evaluate
+from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
+from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
+from ipd_ray.imagine.select import select_starts
+from ipd_ray.training import set_threads
+from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks, fit_values, load_values
+from ipd_ray.values.networks import ValueFunctions
+from ipd_ray.world_model.ensemble import WorldModel
+from ipd_ray.world_model.fit import KINDS, fit_world_model, load_world_model
+
+
+@dataclass(frozen=True)
+class LogRef:
+    """Where a converted log lies, and how it is prepared."""
+
+    path: str
+    data: DataConfig
+    seed: int
+
+    def load(self) -> Log:
+        """Return the log; kept in this process."""
+        return _load_log(self)
+
+
+@lru_cache(maxsize=2)
+def _load_log(ref: LogRef) -> Log:
+    transitions = read_columns(Path(ref.path))
+    if transitions is None:
+        raise FileNotFoundError(f"the converted log {ref.path} is gone or damaged: run again, it is converted anew.")
+    return prepare(transitions, ref.data, ref.seed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a worker computes. Changes no result on one numeric platform, but for distillation's `threads`."""
+
+    device: str
+    threads: int
+    checkpoint_seconds: float
+
+    def workspace(self, path: str) -> Workspace:
+        set_threads(self.threads)
+        return Workspace(Path(path), self.checkpoint_seconds)
+
+
+@lru_cache(maxsize=2)
+def values_of(path: str, device: str) -> ValueFunctions:
+    """Step 1's result, kept in this process."""
+    artifact = Artifact(Path(path))
+    return load_values(artifact.tensors(), artifact.described, device)
+
+
+@lru_cache(maxsize=2)
+def world_model_of(path: str, device: str) -> WorldModel:
+    """Step 2's result, kept in this process."""
+    artifact = Artifact(Path(path))
+    return load_world_model(artifact.tensors(), artifact.described, device)
+
+
+def run_values(work: str, place: Place, log: LogRef, config: ValuesConfig, seed: int) -> None:
+    """Step 1."""
+    fit_values(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
+
+
+def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConfig, seed: int) -> None:
+    """Step 2."""
+    fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
+
+
+def run_select(
+    work: str, place: Place, log: LogRef, values: str, select: SelectConfig, imagine: ImagineConfig, seed: int
+) -> list[ShardSpec]:
+    """Step 3: return the shards to imagine, the same for the same identity."""
+    place.workspace(work)
+    data, model = log.load(), values_of(values, place.device)
+    v = evaluate_in_chunks(model.v, data.transitions.observation, device=place.device)
+    returns = bootstrapped_returns(data, model.v, place.device)
+    starts = select_starts(data, v, returns, select, length=imagine.length, seed=seed)
+    return shard_specs(starts.index, starts.control, imagine.shard_size)
+
+
+def run_shard(
+    work: str, place: Place, log: LogRef, values: str, world_model: str, planner: PlannerConfig, imagine: ImagineConfig,
+    seed: int, spec: ShardSpec,
+) -> dict[str, Any]:
+    """Step 4: imagine one shard and write it; return its manifest entry."""
+    workspace = place.workspace(work)
+    segments = imagine_shard(
+        spec, log.load(), world_model_of(world_model, place.device), values_of(values, place.device), planner, imagine,
+        seed=seed, device=place.device,
+    )
+    gain = segments.reward.sum(1) - segments.own_reward.sum(1)
+    summary = {
+        "steps": int(segments.action.shape[0] * segments.length),
+        "uncertainty": {f"{q:g}": float(np.quantile(segments.uncertainty, q)) for q in (0.1, 0.5, 0.9)},
+        "reward_gain": float(gain.mean()), "terminated": int(segments.terminal.any(1).sum()),
+    }
+    write_shard(workspace.path, spec.shard, segments, summary)
+    entry = read_entry(workspace.path, spec.shard)
+    if entry is None:
+        raise OSError(f"shard {spec.shard} was written to {workspace.path} but cannot be read back")
+    return entry
+
+
+def finish_imagination(workspace: Workspace, shards: int) -> None:
+    """Describe a folder whose shards are all there."""
+    entries = [read_entry(workspace.path, i) for i in range(shards)]
+    missing = [i for i, e in enumerate(entries) if e is None]
+    if missing:
+        raise FileNotFoundError(f"shards {missing} are missing in {workspace.path}")
+    known = [e for e in entries if e is not None]
+    manifest = {"shards": shards, "segments": sum(e["segments"] for e in known), "steps": sum(e["steps"] for e in known)}
+    write_atomic(workspace.path / "manifest.json", "\n".join(str(e["digest"]) for e in known))
+    workspace.describe(manifest_digest([e["digest"] for e in known]), manifest)
+
+
+def read_segments(path: str) -> Segments:
+    """All segments of step 4."""
+    folder = Path(path)
+    shards = int(Artifact(folder).diagnostics["shards"])
+    return concatenate([read_shard(folder, i) for i in range(shards)])
+
+
+@dataclass(frozen=True)
+class DistillJob:
+    """Step 5, wherever it runs."""
+
+    work: str
+    place: Place
+    log: LogRef
+    values: str
+    world_model: str | None
+    """None with `imagination`, where nothing imagined is distilled."""
+    imagination: str | None
+    divergence: str
+    accept: AcceptConfig
+    policy: PolicyConfig
+    distill: DistillConfig
+    seed: int
+
+    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
+        """Return the trainer, ready for its first update, and what was accepted."""
+        log, device = self.log.load(), self.place.device
+        values = values_of(self.values, device)
+        segments, verdict, imagined = self._imagined(log)
+        t = log.transitions
+        v = evaluate_in_chunks(values.v, t.observation, device=device)
+        weight = np.ones(len(t), np.float32)
+        if self.distill.data_temperature > 0:
+            q = evaluate_in_chunks(lambda s, a: values.q(s, a).amin(0), t.observation, t.action, device=device)
+            weight = advantage_weight(q - v, self.distill.data_temperature)
+        material = Material(
+            log, segments, verdict.accepted, verdict.length, self._prompts(log, values, v, segments, verdict), weight,
+            values.q, uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
+        )
+        trainer = DistillTrainer(
+            material, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer
+        )
+        return trainer, imagined
+
+    def _imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
+        if self.imagination is None or self.world_model is None:
+            return _no_segments(log), _nothing_accepted(), {}
+        segments = read_segments(self.imagination)
+        threshold = self.threshold(log, segments.length)
+        value_std = float(Artifact(Path(self.values)).diagnostics["v_std"])
+        verdict = accept(
+            segments, self.accept, threshold=threshold, discount=log.discount, value_std=value_std,
+            ranges=step_ranges(log),
+        )
+        summary = summarise(segments, verdict, log)
+        u = self._holdout_uncertainty()
+        summary["kappa"], summary["kappa_step_quantile"] = threshold, float((u <= threshold).mean())
+        return segments, verdict, summary
+
+    def _holdout_uncertainty(self) -> np.ndarray:
+        tensors = Artifact(Path(str(self.world_model))).tensors()
+        return tensors["holdout_uncertainty"][KINDS.index(self.divergence)].numpy()
+
+    def threshold(self, log: Log, length: int) -> float:
+        """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass."""
+        if self.accept.threshold is not None:
+            return self.accept.threshold
+        episode = log.transitions.episode[log.holdout_steps]
+        return kappa(self._holdout_uncertainty(), episode, length=length, survival=self.accept.survival)
+
+    def _prompts(self, log: Log, values: ValueFunctions, v: np.ndarray, segments: Segments, verdict: Accepted) -> Prompts:
+        scheme = self.distill.prompt
+        if scheme == "outcome":
+            real = bootstrapped_returns(log, values.v, self.place.device)
+            return Prompts(real, imagined_outcome(segments, verdict.length, log.discount))
+        if scheme == "fixed":
+            return Prompts(raw_return_to_go(log), _raw_outcome(log, segments))
+        if scheme == "none":
+            return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
+        return Prompts(v, segments.value[:, :-1])
+
+    def finish(self, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
+        """Leave the policy artifact: everything that acting needs."""
+        log, t = self.log.load(), self.log.load().transitions
+        values = Artifact(Path(self.values))
+        target = self.distill.target_return
+        if self.distill.prompt == "fixed" and target is None:
+            target = float(t.episode_return.max())
+        tensors = {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())}
+        described = {k: values.described[k] for k in ("values", "observation_dim", "action_dim")}
+        spec = {**t.spec.__dict__}
+        Workspace(Path(self.work)).finish(
+            tensors, {**trainer.diagnose(), "imagined": imagined}, spec=spec, reward_scale=log.reward_scale,
+            prompt=self.distill.prompt, discount=log.discount, policy=self.policy.model_dump(mode="json"), values=described, target_return=target,
+        )
+
+
+def run_distill(work: str, place: Place, job: DistillJob) -> None:
+    """Step 5 in one process."""
+    workspace = place.workspace(work)
+    trainer, imagined = job.trainer()
+    for _ in fit_policy(trainer, job.distill, workspace):
+        pass
+    job.finish(trainer, imagined)
+
+
+def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig) -> None:
+    """Step 6. Always float32."""
+    workspace = place.workspace(work)
+    artifact = Artifact(Path(policy))
+    acting = Policy(artifact.described, artifact.tensors(), place.device)
+    scores = evaluate(
+        acting, config, progress=lambda steps, share: workspace.log(steps, steps, {"episodes_ended": share})
+    )
+    workspace.finish({"returns": torch.tensor(scores["returns"], dtype=torch.float64)}, scores)
+
+
+def raw_return_to_go(log: Log) -> np.ndarray:
+    """Undiscounted raw return-to-go (T,), Decision Transformer's prompt."""
+    t = log.transitions
+    total = np.cumsum(t.reward.astype(np.float64))
+    before = np.concatenate([[0.0], total])[:-1]
+    return (total[log.episode_end] - before).astype(np.float32)
+
+
+def _raw_outcome(log: Log, segments: Segments) -> np.ndarray:
+    """Raw return-to-go of imagined steps: what the log collected from the start, plus what the plan gained so far."""
+    to_go = raw_return_to_go(log)[segments.index] if len(segments) else np.zeros(0, np.float32)
+    gained = (segments.reward - segments.own_reward) / log.reward_scale
+    still = to_go + gained.sum(1)
+    before = np.cumsum(segments.reward, 1) - segments.reward
+    return (still[:, None] - before / log.reward_scale).astype(np.float32)
+
+
+def _no_segments(log: Log) -> Segments:
+    t = log.transitions
+    none, one = np.zeros(0, np.int64), np.zeros((0, 1), np.float32)
+    return Segments(
+        index=none, episode=none, timestep=none, control=np.zeros(0, bool),
+        observation=np.zeros((0, 2, t.observation_dim), np.float32), action=np.zeros((0, 1, t.spec.action_dim), np.float32),
+        reward=one, terminal=np.zeros((0, 1), bool), uncertainty=one, value=np.zeros((0, 2), np.float32), own_reward=one,
+        own_terminal=np.zeros((0, 1), bool), own_length=none, own_value=np.zeros((0, 2), np.float32),
+    )
+
+
+def _nothing_accepted() -> Accepted:
+    none = np.zeros(0, np.float32)
+    return Accepted(np.zeros(0, bool), np.zeros(0, np.int64), none, none, {})
+
+
