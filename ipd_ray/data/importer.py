@@ -228,13 +228,15 @@ def _numbered(name: str, names: list[str]) -> list[str]:
 
 
 def _read_npz(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Array]:
+    if not zipfile.is_zipfile(path):
+        raise zipfile.BadZipFile("it is no zip archive")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {field: file[name] for field, name in pick(list(file.files)).items()}
     except UserError:
         raise
     except ValueError as error:  # an array of objects needs pickle, which runs code
-        raise UserError(f"{path.name}: {error} Save plain arrays of numbers, no lists or objects.") from error
+        raise UserError(f"{path.name}: {error}. Save plain arrays of numbers, no lists or objects.") from error
 
 
 def _read_hdf5(path: Path, pick: Callable[[list[str]], dict[str, str]]) -> dict[str, Array]:

@@ -1,0 +1,166 @@
+"""The columnar log. Arithmetic by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ipd_ray.config import DataConfig
+from ipd_ray.data.transitions import ACTION_LIMIT, Log, Spec, Transitions, check, floored_std, prepare, reward_scale
+from ipd_ray.errors import UserError
+
+SPEC = Spec(
+    dataset="test/two-v0",
+    observation_space={"type": "Box", "shape": [1], "dtype": "float32"},
+    action_low=[-2.0],
+    action_high=[6.0],
+    action_shape=[1],
+    action_dtype="float32",
+)
+
+
+def two_episodes(**changes: Any) -> Transitions:
+    """Episode 0: rewards 1, 2, 4, terminated. Episode 1: rewards 8, 16, truncated."""
+    columns: dict[str, Any] = {
+        "observation": np.array([[0], [1], [2], [10], [11]], np.float32),
+        "action": np.zeros((5, 1), np.float32),
+        "reward": np.array([1, 2, 4, 8, 16], np.float32),
+        "next_observation": np.array([[1], [2], [3], [11], [12]], np.float32),
+        "terminal": np.array([False, False, True, False, False]),
+        "episode_start": np.array([0, 3, 5]),
+        "spec": SPEC,
+    }
+    return Transitions(**{**columns, **changes})
+
+
+def test_steps_know_their_episode_and_their_time():
+    t = two_episodes()
+    assert (len(t), t.episodes, t.observation_dim) == (5, 2, 1)
+    assert t.episode.tolist() == [0, 0, 0, 1, 1]
+    assert t.timestep.tolist() == [0, 1, 2, 0, 1]
+    assert t.episode_return.tolist() == [7.0, 24.0]
+
+
+def test_next_observations_never_cross_episodes():
+    t = two_episodes()
+    inner = np.flatnonzero(t.episode[:-1] == t.episode[1:])
+    assert np.array_equal(t.next_observation[inner], t.observation[inner + 1])
+    assert t.next_observation[2] != t.observation[3]
+
+
+def log_of(t: Transitions, discount: float = 0.5) -> Log:
+    return Log(t, discount, 1.0, np.array([False, True]))
+
+
+def test_returns_to_go_by_hand():
+    # gamma 0.5. Episode 0: 4; 2 + 2 = 4; 1 + 2 = 3. Episode 1: 16; 8 + 8 = 16.
+    partial, weight = log_of(two_episodes()).return_parts
+    assert partial.tolist() == [3.0, 4.0, 4.0, 16.0, 16.0]
+    # V of the last observation counts gamma^(steps left) after truncation, nothing after termination.
+    assert weight.tolist() == [0.0, 0.0, 0.0, 0.25, 0.5]
+
+
+def test_the_bootstrap_state_is_the_last_one_of_the_episode():
+    assert log_of(two_episodes()).episode_end.tolist() == [2, 2, 2, 4, 4]
+
+
+def test_held_out_episodes_are_whole():
+    log = log_of(two_episodes())
+    assert log.train_steps.tolist() == [0, 1, 2]
+    assert log.holdout_steps.tolist() == [3, 4]
+
+
+def test_prepare_holds_out_by_seed_alone():
+    t = two_episodes()
+    config = DataConfig(holdout_fraction=0.5)
+    assert np.array_equal(prepare(t, config, 3).holdout_episode, prepare(t, config, 3).holdout_episode)
+    assert prepare(t, config, 3).holdout_episode.sum() == 1
+
+
+def test_reward_scale_by_hand():
+    t = two_episodes()
+    assert reward_scale(t, "range") == pytest.approx(1000 / 17)  # returns 24 and 7
+    assert reward_scale(t, "none") == 1.0
+    # mean 6.2; squares 27.04 + 17.64 + 4.84 + 3.24 + 96.04 = 148.8; / 5 = 29.76
+    assert reward_scale(t, "std") == pytest.approx(29.76**-0.5)
+
+
+def test_equal_returns_fall_back_to_the_std():
+    t = two_episodes(reward=np.array([1, 2, 3, 1, 5], np.float32))  # 6 and 6
+    assert reward_scale(t, "auto") == reward_scale(t, "std")
+    with pytest.raises(UserError, match=r"reward_transform=range .* use data.reward_transform=auto"):
+        reward_scale(t, "range")
+
+
+def test_actions_rescale_and_come_back():
+    # [-2, 6]: 2 is the middle, 4 is half way up.
+    assert SPEC.rescale_action([[2.0], [4.0]]).tolist() == [[0.0], [0.5]]
+    assert SPEC.rescale_action([[6.0], [99.0]])[:, 0] == pytest.approx(ACTION_LIMIT)
+    raw = np.linspace(-2, 6, 9, dtype=np.float32)[:, None]
+    assert SPEC.unscale_action(SPEC.rescale_action(raw)) == pytest.approx(raw, abs=1e-5)
+
+
+def test_actions_get_their_shape_and_type_back():
+    spec = replace(SPEC, action_low=[0.0] * 4, action_high=[1.0] * 4, action_shape=[2, 2], action_dtype="float64")
+    raw = np.arange(12).reshape(3, 2, 2) / 12
+    assert spec.rescale_action(raw).shape == (3, 4)
+    back = spec.unscale_action(spec.rescale_action(raw))
+    assert back.shape == (3, 2, 2) and back.dtype == np.float64
+    assert back == pytest.approx(raw, abs=1e-5)
+
+
+def test_dict_observations_flatten_in_sorted_key_order():
+    box = {"type": "Box", "shape": [2], "dtype": "float64"}
+    spec = replace(SPEC, observation_space={"type": "Dict", "spaces": {"b": box, "a": box}})
+    flat = spec.flatten_observation({"b": [[3, 4]], "a": [[1, 2]]})
+    assert flat.tolist() == [[1, 2, 3, 4]] and flat.dtype == np.float32
+
+
+def test_scores_normalise_as_d4rl_does():
+    spec = replace(SPEC, ref_min_score=-10.0, ref_max_score=30.0)
+    assert spec.normalise(0.0) == 25.0
+    assert SPEC.normalise(0.0) is None
+
+
+def test_spec_survives_json():
+    assert Spec.from_json(SPEC.to_json()) == SPEC
+
+
+def test_content_hash_ignores_the_name_and_sees_a_changed_reward():
+    t = two_episodes()
+    assert two_episodes(spec=replace(SPEC, dataset="other/name-v0")).content_hash == t.content_hash
+    assert two_episodes(reward=t.reward + np.float32(1e-3)).content_hash != t.content_hash
+
+
+def test_std_has_a_floor():
+    assert floored_std(np.array([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx([1.0, 1e-3])
+
+
+def test_check_passes_a_good_log():
+    check(two_episodes())
+
+
+def test_check_names_the_first_bad_step():
+    reward = two_episodes().reward.copy()
+    reward[4] = np.nan
+    with pytest.raises(UserError, match=r"reward is NaN or infinite in 1 of 5 steps, first in episode 1, step 1"):
+        check(two_episodes(reward=reward))
+
+
+def test_check_refuses_episodes_of_one_step():
+    with pytest.raises(UserError, match="every episode has one step"):
+        check(two_episodes(episode_start=np.arange(6)))
+
+
+def test_check_refuses_an_empty_log():
+    empty = {name: column[:0] for name, column in two_episodes().columns().items()}
+    with pytest.raises(UserError, match="holds no transition"):
+        check(two_episodes(**empty | {"episode_start": np.array([0])}))
+
+
+def test_one_episode_is_too_few():
+    with pytest.raises(UserError, match="log at least 2 episodes"):
+        prepare(two_episodes(episode_start=np.array([0, 5])), DataConfig(), 0)
