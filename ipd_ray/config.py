@@ -147,8 +147,9 @@ class ImagineConfig(Section):
 
     length: PositiveInt = 10
     """L, imagined steps a segment at most."""
-    divergence: Literal["primal", "dual"] = "primal"
-    """U, mean over elite pairs: primal geometric Jensen-Shannon, or dual (Bhattacharyya)."""
+    uncertainty: Literal["spread", "primal", "dual"] = "spread"
+    """U of a step. primal, dual: mean geometric Jensen-Shannon divergence over elite pairs (the paper's); spread: the
+    error to expect, the elites' own predicted variance included."""
     shard_size: PositiveInt = 500
     """Segments a shard: one shard is one task for an actor and one file."""
 

@@ -263,7 +263,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
             values=context.path(context.parts.values),
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
-            divergence=config.imagine.divergence, accept=config.accept, policy=config.policy, distill=section,
+            uncertainty=config.imagine.uncertainty, accept=config.accept, policy=config.policy, distill=section,
             seed=config.seed,
         )
         context.engine.distill(job, CurveTail(part.name, folder, context.listener))

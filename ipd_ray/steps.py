@@ -49,7 +49,8 @@ from ipd_ray.training import set_threads
 from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks, fit_values, load_values
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.ensemble import WorldModel
-from ipd_ray.world_model.fit import KINDS, fit_world_model, load_world_model
+from ipd_ray.world_model.fit import fit_world_model, load_world_model
+from ipd_ray.world_model.uncertainty import KINDS
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class DistillJob:
     world_model: str | None
     """None with `imagination`, where nothing imagined is distilled."""
     imagination: str | None
-    divergence: str
+    uncertainty: str
     accept: AcceptConfig
     policy: PolicyConfig
     distill: DistillConfig
@@ -218,7 +219,7 @@ class DistillJob:
 
     def _holdout_uncertainty(self) -> np.ndarray:
         tensors = Artifact(Path(str(self.world_model))).tensors()
-        return tensors["holdout_uncertainty"][KINDS.index(self.divergence)].numpy()
+        return tensors["holdout_uncertainty"][KINDS.index(self.uncertainty)].numpy()
 
     def threshold(self, log: Log, length: int) -> float:
         """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass."""
@@ -238,7 +239,7 @@ class DistillJob:
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
 
-    def finish(self, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
+    def finish(self, workspace: Workspace, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
         """Leave the policy artifact: everything that acting needs."""
         log, t = self.log.load(), self.log.load().transitions
         values = Artifact(Path(self.values))
@@ -248,7 +249,7 @@ class DistillJob:
         tensors = {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())}
         described = {k: values.described[k] for k in ("values", "observation_dim", "action_dim")}
         spec = {**t.spec.__dict__}
-        Workspace(Path(self.work)).finish(
+        workspace.finish(
             tensors, {**trainer.diagnose(), "imagined": imagined}, spec=spec, reward_scale=log.reward_scale,
             prompt=self.distill.prompt, discount=log.discount, policy=self.policy.model_dump(mode="json"), values=described, target_return=target,
         )
@@ -260,7 +261,7 @@ def run_distill(work: str, place: Place, job: DistillJob) -> None:
     trainer, imagined = job.trainer()
     for _ in fit_policy(trainer, job.distill, workspace):
         pass
-    job.finish(trainer, imagined)
+    job.finish(workspace, trainer, imagined)
 
 
 def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig) -> None:

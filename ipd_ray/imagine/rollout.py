@@ -14,7 +14,7 @@ from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 from ipd_ray.imagine.planner import Dynamics, Values, plan
 from ipd_ray.layers import block_generator
-from ipd_ray.world_model.uncertainty import ensemble_divergence
+from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
 _STREAM = 44
 
@@ -73,7 +73,7 @@ def imagine_shard(
         actions.append(action)
         rewards.append(torch.where(alive, reward, 0.0))
         ended_at.append(ends)
-        uncertainty.append(torch.where(alive, ensemble_divergence(*gaussians, imagine.divergence), 0.0))
+        uncertainty.append(torch.where(alive, ensemble_uncertainty(*gaussians, imagine.uncertainty), 0.0))
         alive = alive & ~ends
         value.append(torch.where(alive, values.v(s), 0.0))
     own = own_steps(log, spec.index, L)

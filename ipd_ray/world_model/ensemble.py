@@ -12,9 +12,10 @@ from ipd_ray.world_model.termination import TerminationRule
 
 
 class Ensemble(nn.Module):
-    """M networks of (s, a) -> Gaussian of (s' - s, r) in normalised units, and a termination logit.
+    """M networks of (s, a) -> Gaussian of (s' - s, r) in normalised units, and one of (s, s') -> termination logit.
 
-    Log-variances are softly bounded by two learned vectors (Chua et al. 2018, arXiv:1805.12114).
+    Log-variances are softly bounded by two learned vectors (Chua et al. 2018, arXiv:1805.12114). Termination looks at s',
+    not at a: an environment ends an episode for where it has got to, and that boundary is the simpler function.
     """
 
     observation_mean: Tensor
@@ -27,9 +28,10 @@ class Ensemble(nn.Module):
         self.members, self.observation_dim = members, observation_dim
         targets = observation_dim + 1
         self.net = EnsembleMLP(
-            members, observation_dim + action_dim, 2 * targets + 1, width=config.width, layers=config.layers,
+            members, observation_dim + action_dim, 2 * targets, width=config.width, layers=config.layers,
             activation="silu",
         )
+        self.termination_net = EnsembleMLP(1, 2 * observation_dim, 1, width=128, layers=2, activation="silu")
         self.max_log_variance = nn.Parameter(torch.full((targets,), 0.5))
         self.min_log_variance = nn.Parameter(torch.full((targets,), -10.0))
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
@@ -41,13 +43,16 @@ class Ensemble(nn.Module):
         """Return observations in units of the log's spread."""
         return (observation - self.observation_mean) / self.observation_std
 
-    def heads(self, inputs_MBI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log-variance (M, B, D) in normalised units, termination logit (M, B), of normalised inputs."""
-        targets = self.observation_dim + 1
-        mean, raw, logit = self.net(inputs_MBI).split([targets, targets, 1], -1)
+    def heads(self, inputs_MBI: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (M, B, D) in normalised units, of normalised inputs."""
+        mean, raw = self.net(inputs_MBI).chunk(2, -1)
         log_variance = self.max_log_variance - F.softplus(self.max_log_variance - raw)
         log_variance = self.min_log_variance + F.softplus(log_variance - self.min_log_variance)
-        return mean, log_variance, logit[..., 0]
+        return mean, log_variance
+
+    def termination_logit(self, normalised_BO: Tensor, next_normalised_BO: Tensor) -> Tensor:
+        """Logit (B,) of the probability that the step to the next observation ended the episode."""
+        return self.termination_net(torch.cat([normalised_BO, next_normalised_BO], -1)[None])[0, :, 0]
 
 
 class WorldModel(nn.Module):
@@ -67,8 +72,11 @@ class WorldModel(nn.Module):
 
         Returns next observation (E, B, O), transformed reward (E, B), termination probability (E, B).
         """
-        mean, _, logit = self._heads(observation_EBO, action_EBA)
-        return self._decode(observation_EBO, mean, logit)
+        mean, _ = self._heads(observation_EBO, action_EBA)
+        following, reward = self._decode(observation_EBO, mean)
+        rows = (-1, observation_EBO.shape[-1])
+        ended = self.ended(observation_EBO.reshape(rows), following.reshape(rows)).reshape(reward.shape)
+        return following, reward, ended
 
     def step_together(
         self, observation_BO: Tensor, action_BA: Tensor
@@ -78,20 +86,23 @@ class WorldModel(nn.Module):
         Returns next observation (B, O), reward (B,), termination probability (B,), and the elites' normalised means
         and log-variances (E, B, D), for the uncertainty.
         """
-        observation = observation_BO.expand(self.elites, -1, -1)
-        mean, log_variance, logit = self._heads(observation, action_BA.expand(self.elites, -1, -1))
-        following, reward, done = self._decode(observation, mean, logit)
+        mean, log_variance = self._heads(
+            observation_BO.expand(self.elites, -1, -1), action_BA.expand(self.elites, -1, -1)
+        )
+        following, reward = self._decode(observation_BO, mean)
         together = following.mean(0)
-        done_B = done.mean(0) if self._rule is None else self._rule(together).to(reward.dtype)
-        return together, reward.mean(0), done_B, (mean, log_variance)
+        return together, reward.mean(0), self.ended(observation_BO, together), (mean, log_variance)
 
-    def _heads(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ended(self, observation_BO: Tensor, following_BO: Tensor) -> Tensor:
+        """Probability (B,) that the step to `following` ended the episode; 0 or 1 by a known rule."""
+        if self._rule is not None:
+            return self._rule(following_BO).to(observation_BO.dtype)
+        e = self.ensemble
+        return torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
+
+    def _heads(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         return self.ensemble.heads(torch.cat([self.ensemble.normalise(observation), action], -1))
 
-    def _decode(self, observation: Tensor, mean: Tensor, logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _decode(self, observation: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         change = mean * self.ensemble.target_std + self.ensemble.target_mean
-        following, reward = observation + change[..., :-1], change[..., -1]
-        if self._rule is None:
-            return following, reward, torch.sigmoid(logit)
-        done = self._rule(following.reshape(-1, following.shape[-1])).reshape(following.shape[:-1])
-        return following, reward, done.to(reward.dtype)
+        return observation + change[..., :-1], change[..., -1]

@@ -19,7 +19,7 @@ from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
-from ipd_ray.world_model.uncertainty import ensemble_divergence
+from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
 VERSION = 1
 _BLOCK = 250
@@ -45,9 +45,9 @@ class WorldModelTrainer:
         self.model.to(device)
         self._config, self._seed, self._device = config, seed, device
         columns = np.concatenate(
-            [(t.observation - mean) / std, t.action, (targets - target_mean) / target_std, t.terminal[:, None]], 1
+            [(t.observation - mean) / std, t.action, (targets - target_mean) / target_std], 1
         ).astype(np.float32)
-        self._split = [t.observation_dim + t.spec.action_dim, t.observation_dim + 1, 1]
+        self._split = [t.observation_dim + t.spec.action_dim, t.observation_dim + 1]
         self._table = torch.from_numpy(columns[log.train_steps]).to(device)
         held = log.holdout_steps
         if len(held) > _HOLDOUT_ROWS:
@@ -57,8 +57,10 @@ class WorldModelTrainer:
         self._bootstrap = torch.randint(
             rows, (config.members, rows), generator=block_generator(seed, _STREAM, 0)
         ).to(device)
-        self._learn_termination = config.termination == "learned" and bool(t.terminal.any())
-        decayed = [p for p in self.model.net.parameters()]
+        self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
+        learned = config.termination == "learned" and len(self._ended) > 0
+        self._learn_termination = learned
+        decayed = [*self.model.net.parameters(), *self.model.termination_net.parameters()]
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay},
              {"params": [self.model.max_log_variance, self.model.min_log_variance], "weight_decay": 0.0}],
@@ -80,14 +82,14 @@ class WorldModelTrainer:
 
     def update(self, step: int) -> dict[str, Tensor]:
         config = self._config
-        inputs, target, terminal = self._batch(step)
-        mean, log_variance, logit = self.model.heads(inputs)
+        inputs, target = self._batch(step)
+        mean, log_variance = self.model.heads(inputs)
         square = (mean - target).square()
         nll = (square * torch.exp(-log_variance) + log_variance).mean((1, 2)).sum()
         bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
         loss = nll + 0.01 * bounds
         if self._learn_termination:
-            loss = loss + F.binary_cross_entropy_with_logits(logit, terminal[..., 0], reduction="none").mean(1).sum()
+            loss = loss + self._termination_loss(step)
         rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -98,6 +100,18 @@ class WorldModelTrainer:
         if (step + 1) % config.eval_every == 0 or step + 1 == config.max_updates:
             self._look()
         return metrics
+
+    def _termination_loss(self, step: int) -> Tensor:
+        """Cross-entropy on half random, half ending steps; the logit is corrected for that, so that it stays calibrated."""
+        half = max(1, self._config.batch_size // 2)
+        generator = block_generator(self._seed, _STREAM + 1, step)
+        anywhere = torch.randint(len(self._pairs), (half,), generator=generator).to(self._device)
+        ending = self._ended[torch.randint(len(self._ended), (half,), generator=generator).to(self._device)]
+        rows = self._pairs[torch.cat([anywhere, ending])]
+        s, following, label = rows[:, :-1].chunk(2, 1) + (rows[:, -1],)
+        share = 0.5 + 0.5 * self._prior
+        shift = math.log(share / (1.0 - share)) - math.log(self._prior / (1.0 - self._prior))
+        return F.binary_cross_entropy_with_logits(self.model.termination_logit(s, following) + shift, label)
 
     @torch.no_grad()
     def _look(self) -> None:
@@ -113,8 +127,8 @@ class WorldModelTrainer:
         """Mean squared error (M,) of the means on held-out steps, in normalised units."""
         total = torch.zeros(self._config.members, device=self._device)
         for rows in self._held.split(4096):
-            inputs, target, _ = rows.split(self._split, -1)
-            mean, _, _ = self.model.heads(inputs.expand(self._config.members, -1, -1))
+            inputs, target = rows.split(self._split, -1)
+            mean, _ = self.model.heads(inputs.expand(self._config.members, -1, -1))
             total += (mean - target).square().mean(-1).sum(-1)
         return total / len(self._held)
 
@@ -140,6 +154,19 @@ class WorldModelTrainer:
         state.update({f"net.{name}": value[keep] for name, value in self.best.items()})
         model.load_state_dict(state)
         return model.to(self._device)
+
+
+def _termination_rows(
+    log: Log, mean: NDArray[np.float32], std: NDArray[np.float32], device: str
+) -> tuple[Tensor, Tensor, float]:
+    """(N, 2 O + 1) normalised s, s' and whether it ended, of the training steps; the rows that ended; their share."""
+    t, steps = log.transitions, log.train_steps
+    rows = np.concatenate(
+        [(t.observation[steps] - mean) / std, (t.next_observation[steps] - mean) / std, t.terminal[steps, None]], 1
+    ).astype(np.float32)
+    ended = np.flatnonzero(t.terminal[steps])
+    share = min(max(len(ended) / len(steps), 1e-6), 1.0 - 1e-6)
+    return torch.from_numpy(rows).to(device), torch.from_numpy(ended).to(device), share
 
 
 def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: str, workspace: Workspace) -> None:
@@ -174,18 +201,15 @@ def load_world_model(tensors: Mapping[str, Tensor], described: Mapping[str, Any]
     return WorldModel(ensemble, rule).to(device).eval().requires_grad_(False)
 
 
-KINDS = ("primal", "dual")
-
-
 @torch.no_grad()
 def holdout_uncertainty(model: WorldModel, log: Log, device: str) -> NDArray[np.float32]:
-    """U of every held-out step, (2, N): primal and dual, in the order of `log.holdout_steps`."""
+    """U of every held-out step, (kinds, N), kinds as in KINDS, steps in the order of `log.holdout_steps`."""
     t, held = log.transitions, log.holdout_steps
     parts = []
     for rows in np.array_split(held, max(1, len(held) // 4096)):
         s, a = (torch.from_numpy(c[rows]).to(device) for c in (t.observation, t.action))
         *_, gaussians = model.step_together(s, a)
-        parts.append(torch.stack([ensemble_divergence(*gaussians, kind) for kind in KINDS]).cpu().numpy())
+        parts.append(torch.stack([ensemble_uncertainty(*gaussians, kind) for kind in KINDS]).cpu().numpy())
     return np.concatenate(parts, 1)
 
 

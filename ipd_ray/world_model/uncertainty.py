@@ -24,8 +24,19 @@ def geometric_js(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: T
     return (0.5 * (q - 1.0 - 0.5 * q.log() + spread)).sum(-1)
 
 
-def ensemble_divergence(mean_EBD: Tensor, log_variance_EBD: Tensor, kind: str) -> Tensor:
-    """U (B,): mean divergence over all pairs of elites."""
+KINDS = ("spread", "primal", "dual")
+
+
+def ensemble_uncertainty(mean_EBD: Tensor, log_variance_EBD: Tensor, kind: str) -> Tensor:
+    """U (B,), by one of KINDS.
+
+    primal, dual: mean divergence over all pairs of elites (the paper's). Measured in units of the predicted variance, it
+    is small where the members are unsure together. spread: root mean square over D of the mixture's standard
+    deviation, the members' own variance included, in units of the spread of (s' - s, r): the error to expect.
+    """
+    if kind == "spread":
+        mixture = log_variance_EBD.exp().mean(0) + mean_EBD.var(0, correction=0)
+        return mixture.mean(-1).sqrt()
     pairs = torch.tensor(list(itertools.combinations(range(len(mean_EBD)), 2)), device=mean_EBD.device).T
     return geometric_js(
         mean_EBD[pairs[0]], log_variance_EBD[pairs[0]], mean_EBD[pairs[1]], log_variance_EBD[pairs[1]], kind
