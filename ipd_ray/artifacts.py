@@ -33,6 +33,7 @@ from ipd_ray.errors import UserError
 
 SCHEMA = 1
 """Version of the folder layout above; an artifact of another is refused with the remedy."""
+CHECKPOINT = "checkpoint.safetensors"
 
 
 def make_key(step: str, version: int, *, seed: int, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
@@ -92,6 +93,15 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
 
 
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return tensors and metadata of a folder's checkpoint, or None where there is none; a damaged one is removed."""
+    try:
+        return load_tensors(folder / CHECKPOINT)
+    except (SafetensorError, OSError, ValueError):
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        return None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a JSON-lines file; a line cut off by a kill is dropped."""
     if not path.exists():
@@ -117,21 +127,19 @@ class Workspace:
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and metadata of the last checkpoint; metrics logged after it are dropped."""
-        checkpoint = self.path / "checkpoint.safetensors"
+        restored = load_checkpoint(self.path)
+        self.rewind(restored[1] if restored else {})
+        return restored
+
+    def rewind(self, meta: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's metadata: drop the metrics logged after it, count the time from there."""
         metrics = self.path / "metrics.jsonl"
-        if not checkpoint.exists():
+        kept = [row for row in read_jsonl(metrics) if row["step"] <= meta.get("step", 0)]
+        if kept:
+            write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        else:
             metrics.unlink(missing_ok=True)
-            return None
-        try:
-            tensors, meta = load_tensors(checkpoint)
-        except (SafetensorError, OSError, ValueError):
-            checkpoint.unlink()
-            metrics.unlink(missing_ok=True)
-            return None
-        kept = [row for row in read_jsonl(metrics) if row["step"] <= meta["step"]]
-        write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
         self._spent = float(meta.get("seconds", 0.0))
-        return tensors, meta
 
     def due(self) -> bool:
         """Return whether a checkpoint should be written now."""
@@ -139,8 +147,14 @@ class Workspace:
 
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
         """Replace the checkpoint. Raises FloatingPointError rather than save a non-finite value."""
+        self.write_checkpoint(self.path, step, tensors, meta)
+
+    def write_checkpoint(
+        self, folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a checkpoint into a folder, which `load_checkpoint` reads."""
         require_finite(tensors, f"the checkpoint of step {step}")
-        save_tensors(self.path / "checkpoint.safetensors", tensors, {**(meta or {}), "step": step, "seconds": self.seconds})
+        save_tensors(folder / CHECKPOINT, tensors, {**(meta or {}), "step": step, "seconds": self.seconds})
         self._saved = time.monotonic()
 
     @property
@@ -397,7 +411,7 @@ class Store:
             "platform": numeric_platform(), **described,
         }
         write_atomic(partial / "artifact.json", json.dumps(content, indent=1))
-        (partial / "checkpoint.safetensors").unlink(missing_ok=True)
+        (partial / CHECKPOINT).unlink(missing_ok=True)
         if folder.exists():  # a folder without artifact.json: leftovers of a hand's work
             shutil.rmtree(folder)
         os.replace(partial, folder)

@@ -1,0 +1,5 @@
+"""The method on a Ray cluster: the only place that imports ray, and itself imported inside functions only.
+
+cluster: joining one, and what it can give. pool: actors for steps and shards. distill: Ray Train for step 5.
+engine: the three of them behind `ipd_ray.engine.Engine`.
+"""

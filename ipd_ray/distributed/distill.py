@@ -1,0 +1,130 @@
+"""Step 5 by Ray Train: one worker or many, which survives the death of any of them and of the driver."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.exceptions import RayError
+from torch import Tensor
+
+from ipd_ray.artifacts import Workspace, load_checkpoint
+from ipd_ray.distill.fit import Reducer, fit_policy
+from ipd_ray.distributed.cluster import cpus
+from ipd_ray.engine import TaskError
+from ipd_ray.steps import DistillJob
+
+FAILURES = 3
+"""Deaths of a worker that a training survives; a machine that was taken back (spot) does not count."""
+FOLDER = "ray"
+"""Where in the workspace Ray Train keeps its state."""
+
+
+class TorchReducer:
+    """Sums over the workers of a torch process group."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.world == 1:
+            return tensor
+        total = tensor.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+class TrainWorkspace(Workspace):
+    """A workspace whose checkpoints Ray Train keeps. Each worker has one, the first alone writes the learning curve."""
+
+    def __init__(self, path: Path, checkpoint_seconds: float, reducer: Reducer, device: str):
+        super().__init__(path, checkpoint_seconds)
+        self._reducer, self._device = reducer, device
+
+    def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        restored = None
+        if (checkpoint := ray.train.get_checkpoint()) is not None:
+            with checkpoint.as_directory() as folder:
+                restored = load_checkpoint(Path(folder))
+        if self._reducer.rank == 0:
+            self.rewind(restored[1] if restored else {})
+            (self.path / "artifact.json").unlink(missing_ok=True)  # of a worker that died after finishing
+        return restored
+
+    def due(self) -> bool:
+        """The first worker's clock decides for all: every worker reports, or none."""
+        vote = float(self._reducer.rank == 0 and super().due())
+        return bool(self._reducer.sum(torch.tensor(vote, device=self._device)) > 0)
+
+    def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
+        if self._reducer.rank > 0:
+            ray.train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory(prefix="ipd-ray-") as folder:
+            self.write_checkpoint(Path(folder), step, tensors, meta)
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        if self._reducer.rank == 0:
+            super().log(step, total, metrics)
+
+
+def train_worker(job: DistillJob) -> None:
+    """What every worker does: `run_distill`, with sums over all workers and Ray Train's checkpoints."""
+    if job.place.device.startswith("cuda"):
+        job = replace(job, place=replace(job.place, device=str(ray.train.torch.get_device())))
+    reducer, place = TorchReducer(), job.place
+    workspace = TrainWorkspace(place.workspace(job.work).path, place.checkpoint_seconds, reducer, place.device)
+    trainer, imagined = job.trainer(reducer)
+    for _ in fit_policy(trainer, job.distill, workspace):
+        pass
+    if reducer.rank == 0:
+        job.finish(workspace, trainer, imagined)
+
+
+def fit(job: DistillJob, workers: int) -> None:
+    """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
+    cuda, work = job.place.device.startswith("cuda"), Path(job.work)
+    resources = {"CPU": cpus(job.place.threads), "GPU": float(cuda)}
+    trainer = ray.train.torch.TorchTrainer(
+        partial(train_worker, job),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name=f"distill-{work.name.removesuffix('.partial')}", storage_path=str(work / FOLDER),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
+        ),
+    )
+    trainer.fit()
+
+
+def distill(job: DistillJob, workers: int, tick: Callable[[], None]) -> None:
+    """Carry step 5 out with `workers` workers; `tick` is called twice a second. Raises TaskError where it fails.
+
+    `fit` runs in a process of its own: killing that one ends all that Ray Train started, which it has no call for.
+    """
+    work = Path(job.work)
+    if not (work / "artifact.json").exists():  # else a driver died between finishing and committing
+        here = ray.get_runtime_context().get_node_id()
+        start = ray.remote(num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": here})(fit)
+        running = start.remote(job, workers)
+        try:
+            while not ray.wait([running], timeout=0.5)[0]:
+                tick()
+            ray.get(running)
+        except RayError as error:
+            raise TaskError(f"distill failed:\n{error}") from error
+        finally:
+            ray.cancel(running, force=True)
+    shutil.rmtree(work / FOLDER, ignore_errors=True)  # Ray's state holds pickles: not for an artifact
