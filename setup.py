@@ -15,7 +15,7 @@ setup(
         "gymnasium[classic-control]>=1.0",
         "h5py>=3.8",
         "matplotlib>=3.8",
-        "minari[hdf5]>=0.5.3",
+        "minari[hdf5,hf]>=0.5.3",
         "numpy>=2.0",
         "pyarrow>=17.0",
         "pydantic>=2.9",

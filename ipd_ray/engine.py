@@ -211,6 +211,7 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     for task in _received(pipe):
+        reply: tuple[Any, str | None]
         try:
             reply = (task.function(**task.arguments) or True, None)
         except Exception:

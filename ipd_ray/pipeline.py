@@ -141,7 +141,7 @@ class Context:
         """The converted log in the store, written where it is missing."""
         path = self.store.root / "data" / f"{self.transitions.content_hash[:24]}.safetensors"
         if not path.exists() or read_columns(path) is None:
-            write_columns(path, self.transitions)
+            write_columns(path, self.transitions, [])
         return LogRef(str(path), self.config.data, self.config.seed)
 
     def path(self, part: Part) -> str:
@@ -195,7 +195,10 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
     config, log = context.config, context.log
 
     def compute(folders: dict[str, Path]) -> None:
-        functions = {"values": (run_values, config.values), "world_model": (run_world_model, config.world_model)}
+        functions: dict[str, tuple[Callable[..., Any], Any]] = {
+            "values": (run_values, config.values),
+            "world_model": (run_world_model, config.world_model),
+        }
         tasks, tails = [], []
         for name, folder in folders.items():
             function, section = functions[name]
@@ -216,7 +219,7 @@ def imagine(context: Context) -> None:
     def compute(folders: dict[str, Path]) -> None:
         folder = folders["imagine"]
         workspace = Workspace(folder)
-        shared = {
+        shared: dict[str, Any] = {
             "work": str(folder), "place": context.place(), "log": context.log,
             "values": context.path(context.parts.values), "imagine": config.imagine, "seed": config.seed,
         }

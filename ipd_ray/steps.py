@@ -68,10 +68,10 @@ class LogRef:
 
 @lru_cache(maxsize=2)
 def _load_log(ref: LogRef) -> Log:
-    transitions = read_columns(Path(ref.path))
-    if transitions is None:
+    found = read_columns(Path(ref.path))
+    if found is None:
         raise FileNotFoundError(f"the converted log {ref.path} is gone or damaged: run again, it is converted anew.")
-    return prepare(transitions, ref.data, ref.seed)
+    return prepare(found[0], ref.data, ref.seed)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,12 +20,18 @@ from ipd_ray.data.transitions import Spec, Transitions
 SCHEMA = 1
 
 
-def write_columns(path: Path, transitions: Transitions) -> None:
-    """Write a log atomically."""
+def write_columns(path: Path, transitions: Transitions, warnings: list[str]) -> None:
+    """Write a log, and what was to say about it when it was converted, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     columns = {name: np.ascontiguousarray(values) for name, values in transitions.columns().items()}
-    header = {"schema": str(SCHEMA), "spec": transitions.spec.to_json(), "content_hash": transitions.content_hash}
+    header = {
+        "schema": str(SCHEMA),
+        "spec": transitions.spec.to_json(),
+        "content_hash": transitions.content_hash,
+        "warnings": json.dumps(warnings),
+        "checksum": _checksum(columns),
+    }
     try:
         save_file(columns, temporary, metadata=header)
         os.replace(temporary, path)
@@ -29,16 +39,25 @@ def write_columns(path: Path, transitions: Transitions) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_columns(path: Path) -> Transitions | None:
-    """Read a log back, or return None where the file is missing, damaged or of another schema: then convert again."""
+def read_columns(path: Path) -> tuple[Transitions, list[str]] | None:
+    """Return a log and its warnings, or None where the file is missing, damaged or of another schema: convert again."""
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             if header.get("schema") != str(SCHEMA):
                 return None
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if header["checksum"] != _checksum(columns):
+            return None
         transitions = Transitions(**columns, spec=Spec.from_json(header["spec"]))
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        transitions.__dict__["content_hash"] = header["content_hash"]  # spares hashing the log again
+        return transitions, json.loads(header["warnings"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    transitions.__dict__["content_hash"] = header["content_hash"]  # spares hashing the log again
-    return transitions
+
+
+def _checksum(columns: Mapping[str, NDArray[Any]]) -> str:
+    crc = 0
+    for name in sorted(columns):
+        crc = zlib.crc32(np.ascontiguousarray(columns[name]).data.cast("B"), crc)
+    return f"{crc:08x}"

@@ -13,9 +13,7 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,8 @@ from minari.dataset.minari_dataset import DATASET_ID_RE
 from minari.dataset.minari_storage import MinariStorage
 from minari.storage.hosting import get_cloud_storage
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from ipd_ray.data.columns import read_columns, write_columns
 from ipd_ray.data.demo import DEMO_ID, demo_root, make_demo
 from ipd_ray.data.export import ROOT_VARIABLE, datasets_path
 from ipd_ray.data.transitions import Floats, Spec, Transitions, check
@@ -47,7 +44,6 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """Alias of the demo's dataset, which is made where it is missing."""
 
-CACHE_VERSION = "1"
 REMOTE_SECONDS = 15.0
 """How long Minari's remote may take to list a namespace before it counts as out of reach."""
 
@@ -67,10 +63,10 @@ def load(dataset_id: str, cache: Path | None = None, download: bool = True) -> T
     if cache is None:
         return _convert(data, metadata)[0]
     path = cache / f"{_identity(data, metadata)}.safetensors"
-    cached = _read_cache(path)
+    cached = read_columns(path)
     if cached is None:
         cached = _convert(data, metadata)
-        _write_cache(path, *cached)
+        write_columns(path, *cached)
     else:
         _report(cached[1])
     return cached[0]
@@ -413,44 +409,3 @@ def _identity(data: Path, metadata: Mapping[str, Any]) -> str:
         status = path.stat()
         sha.update(f"|{path.relative_to(data)}|{status.st_size}|{status.st_mtime_ns}".encode())
     return sha.hexdigest()
-
-
-def _read_cache(path: Path) -> tuple[Transitions, list[str]] | None:
-    """Return the columns and warnings, or None where the file is missing, damaged or of another version."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("version") != CACHE_VERSION:
-                return None
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if metadata["checksum"] != _checksum(columns):
-            return None
-        return Transitions(**columns, spec=Spec.from_json(metadata["spec"])), json.loads(metadata["warnings"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        return None
-
-
-def _write_cache(path: Path, transitions: Transitions, notes: list[str]) -> None:
-    """Write beside and rename, so that a reader sees a whole file or none."""
-    columns = {name: np.ascontiguousarray(array) for name, array in transitions.columns().items()}
-    metadata = {
-        "version": CACHE_VERSION,
-        "spec": transitions.spec.to_json(),
-        "warnings": json.dumps(notes),
-        "checksum": _checksum(columns),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem[:8]}-", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(columns, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _checksum(columns: Mapping[str, NDArray[Any]]) -> str:
-    crc = 0
-    for name in sorted(columns):
-        crc = zlib.crc32(np.ascontiguousarray(columns[name]).data.cast("B"), crc)
-    return f"{crc:08x}"

@@ -72,13 +72,15 @@ class Spec:
         flat = array.reshape(*lead, self.action_dim)
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         scaled = 2.0 * (flat - low) / (high - low) - 1.0
-        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
+        return np.asarray(np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT), np.float32)
 
     def unscale_action(self, action: Floats) -> NDArray[Any]:
         """Map actions (..., A) in [-1, 1] to the environment's units, shape, dtype and bounds."""
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
         raw = low + (np.asarray(action, np.float64) + 1.0) / 2.0 * (high - low)
         raw = np.clip(raw, low, high)
+        if np.issubdtype(np.dtype(self.action_dtype), np.integer):
+            raw = np.round(raw)
         return raw.reshape(*raw.shape[:-1], *self.action_shape).astype(self.action_dtype)
 
     def normalise(self, score: float) -> float | None:
@@ -150,7 +152,8 @@ class Transitions:
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of every column and of the spaces: the log's identity, whatever it is called."""
-        spaces = {"observation": self.spec.observation_space, "low": self.spec.action_low, "high": self.spec.action_high}
+        spec = self.spec
+        spaces = {"observation": spec.observation_space, "low": spec.action_low, "high": spec.action_high}
         return digest(self.columns(), extra=json.dumps(spaces, sort_keys=True))
 
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -287,8 +290,8 @@ def check(transitions: Transitions) -> None:
         if bad.any():
             first = int(np.flatnonzero(bad)[0])
             raise UserError(
-                f"dataset {name}: {column} is NaN or infinite in {int(bad.sum())} of {len(transitions)} steps, first in "
-                f"episode {int(transitions.episode[first])}, step {int(transitions.timestep[first])}: "
+                f"dataset {name}: {column} is NaN or infinite in {int(bad.sum())} of {len(transitions)} steps, first "
+                f"in episode {int(transitions.episode[first])}, step {int(transitions.timestep[first])}: "
                 "repair or drop these episodes and import the log again."
             )
 

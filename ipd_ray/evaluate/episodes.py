@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from ipd_ray.config import EvaluateConfig
 from ipd_ray.data.transitions import Spec
 from ipd_ray.errors import UserError, near_name
 from ipd_ray.evaluate.acting import Policy
+from ipd_ray.world_model.termination import import_dotted
 
 VERSION = 1
 
@@ -30,10 +30,7 @@ def environment_maker(spec: Spec, name: str | None) -> Callable[..., gym.Env[Any
     """
     if name and ":" in name and not name.partition(":")[2][:1].isupper():
         module, _, function = name.partition(":")
-        try:
-            return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"evaluate.environment={name} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+        return import_dotted("evaluate.environment", module, function)
     if name:
         if name not in gym.registry and ":" not in name:
             raise UserError(f"evaluate.environment={name!r} is no Gymnasium id here.{near_name(name, gym.registry)}")

@@ -23,12 +23,12 @@ class ValueFunctions(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, config: ValuesConfig):
         super().__init__()
-        size = {"width": config.width, "layers": config.layers}
-        norm = config.layer_norm
-        self.q_net = EnsembleMLP(2, observation_dim + action_dim, 1, layer_norm=norm, **size)
-        self.v_net = EnsembleMLP(1, observation_dim, 1, layer_norm=norm, **size)
-        self.return_net = EnsembleMLP(1, observation_dim, 2, layer_norm=norm, **size)
-        self.behaviour_net = EnsembleMLP(1, observation_dim, action_dim, **size)
+        width, layers, norm = config.width, config.layers, config.layer_norm
+        both = observation_dim + action_dim
+        self.q_net = EnsembleMLP(2, both, 1, width=width, layers=layers, layer_norm=norm)
+        self.v_net = EnsembleMLP(1, observation_dim, 1, width=width, layers=layers, layer_norm=norm)
+        self.return_net = EnsembleMLP(1, observation_dim, 2, width=width, layers=layers, layer_norm=norm)
+        self.behaviour_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("return_mean", torch.zeros(()))

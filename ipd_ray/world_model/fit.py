@@ -102,13 +102,14 @@ class WorldModelTrainer:
         return metrics
 
     def _termination_loss(self, step: int) -> Tensor:
-        """Cross-entropy on half random, half ending steps; the logit is corrected for that, so that it stays calibrated."""
+        """Cross-entropy on half random, half ending steps; the logit is corrected for that, to stay calibrated."""
         half = max(1, self._config.batch_size // 2)
         generator = block_generator(self._seed, _STREAM + 1, step)
         anywhere = torch.randint(len(self._pairs), (half,), generator=generator).to(self._device)
         ending = self._ended[torch.randint(len(self._ended), (half,), generator=generator).to(self._device)]
         rows = self._pairs[torch.cat([anywhere, ending])]
-        s, following, label = rows[:, :-1].chunk(2, 1) + (rows[:, -1],)
+        s, following = rows[:, :-1].chunk(2, 1)
+        label = rows[:, -1]
         share = 0.5 + 0.5 * self._prior
         shift = math.log(share / (1.0 - share)) - math.log(self._prior / (1.0 - self._prior))
         return F.binary_cross_entropy_with_logits(self.model.termination_logit(s, following) + shift, label)
@@ -252,12 +253,17 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
             "true": int(truth.sum()), "found": int((truth & (p_done > 0.5)).sum()),
             "false_alarms": int((~truth & (p_done > 0.5)).sum()), "steps": len(truth),
         },
-        "sample": {"uncertainty": u[0][sample].astype(float).tolist(), "error": np.sqrt(per_step[sample]).astype(float).tolist()},
+        "sample": {
+            "uncertainty": u[0][sample].astype(float).tolist(),
+            "error": np.sqrt(per_step[sample]).astype(float).tolist(),
+        },
     }
 
 
 @torch.no_grad()
-def rollout_error(model: WorldModel, log: Log, device: str, depth: int = 20, starts: int = 2000) -> dict[str, list[float]]:
+def rollout_error(
+    model: WorldModel, log: Log, device: str, depth: int = 20, starts: int = 2000
+) -> dict[str, list[float]]:
     """Error of open-loop roll-outs along held-out actions, by depth, against standing still.
 
     In units of the spread of observations; a start takes part as long as its episode lasts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,12 +51,14 @@ def resolve(name: str) -> TerminationRule | None:
     return import_dotted("world_model.termination", module, function)
 
 
-def import_dotted(field: str, module: str, function: str) -> Callable[..., Tensor]:
+def import_dotted(field: str, module: str, function: str) -> Callable[..., Any]:
     """Return a user's function by dotted path. Raises UserError where it cannot be had."""
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{field}={module}:{function} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
+        raise UserError(
+            f"{field}={module}:{function} cannot be imported ({error}): is its folder on PYTHONPATH?"
+        ) from error
     if not callable(found):
         raise UserError(f"{field}={module}:{function} is {type(found).__name__}, not a function.")
     return found

@@ -30,8 +30,8 @@ KINDS = ("spread", "primal", "dual")
 def ensemble_uncertainty(mean_EBD: Tensor, log_variance_EBD: Tensor, kind: str) -> Tensor:
     """U (B,), by one of KINDS.
 
-    primal, dual: mean divergence over all pairs of elites (the paper's). Measured in units of the predicted variance, it
-    is small where the members are unsure together. spread: root mean square over D of the mixture's standard
+    primal, dual: mean divergence over all pairs of elites (the paper's). Measured in units of the predicted variance,
+    it is small where the members are unsure together. spread: root mean square over D of the mixture's standard
     deviation, the members' own variance included, in units of the spread of (s' - s, r): the error to expect.
     """
     if kind == "spread":

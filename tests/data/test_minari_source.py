@@ -16,7 +16,7 @@ import pytest
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
-from ipd_ray.data import minari_source
+from ipd_ray.data import columns, minari_source
 from ipd_ray.data.export import write_minari
 from ipd_ray.data.minari_source import datasets_path, load, local_ids
 from ipd_ray.data.transitions import Transitions
@@ -374,7 +374,7 @@ def test_a_damaged_cache_is_rewritten(
     three()
     if damage == "version":
         with monkeypatch.context() as older:
-            older.setattr(minari_source, "CACHE_VERSION", "0")
+            older.setattr(columns, "SCHEMA", 0)
             first = load(ID, tmp_path / "cache")
     else:
         first = load(ID, tmp_path / "cache")
