@@ -25,6 +25,7 @@ from ipd_ray.steps import DistillJob
 
 FAILURES = 3
 """Deaths of a worker that a training survives; a machine that was taken back (spot) does not count."""
+STOP_SECONDS = 20.0
 FOLDER = "ray"
 """Where in the workspace Ray Train keeps its state."""
 
@@ -92,7 +93,7 @@ def train_worker(job: DistillJob) -> None:
         job.finish(workspace, trainer, imagined)
 
 
-def fit(job: DistillJob, workers: int) -> None:
+def fit(job: DistillJob, workers: int, failures: int) -> None:
     """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
     cuda, work = job.place.device.startswith("cuda"), Path(job.work)
     resources = {"CPU": cpus(job.place.threads), "GPU": float(cuda)}
@@ -103,28 +104,31 @@ def fit(job: DistillJob, workers: int) -> None:
         run_config=ray.train.RunConfig(
             name=f"distill-{work.name.removesuffix('.partial')}", storage_path=str(work / FOLDER),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
+            failure_config=ray.train.FailureConfig(max_failures=failures),
         ),
     )
     trainer.fit()
 
 
-def distill(job: DistillJob, workers: int, tick: Callable[[], None]) -> None:
+def distill(job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES) -> None:
     """Carry step 5 out with `workers` workers; `tick` is called twice a second. Raises TaskError where it fails.
 
-    `fit` runs in a process of its own: killing that one ends all that Ray Train started, which it has no call for.
+    `fit` has a process of its own: this one stays free to tick and to be interrupted.
     """
     work = Path(job.work)
     if not (work / "artifact.json").exists():  # else a driver died between finishing and committing
-        here = ray.get_runtime_context().get_node_id()
-        start = ray.remote(num_cpus=0, max_retries=0, label_selector={"ray.io/node-id": here})(fit)
-        running = start.remote(job, workers)
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
+        running = start.remote(job, workers, failures)
         try:
             while not ray.wait([running], timeout=0.5)[0]:
                 tick()
             ray.get(running)
         except RayError as error:
             raise TaskError(f"distill failed:\n{error}") from error
-        finally:
+        except BaseException:
+            ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
+            ray.wait([running], timeout=STOP_SECONDS)
             ray.cancel(running, force=True)
+            raise
     shutil.rmtree(work / FOLDER, ignore_errors=True)  # Ray's state holds pickles: not for an artifact

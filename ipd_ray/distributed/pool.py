@@ -70,17 +70,16 @@ class ActorPool:
         self._waiting -= 1
 
     def wait(self, seconds: float) -> list[Outcome]:
+        if self._waiting <= 0:
+            # At once: an idle actor holds what a training, or another run that this one waits for, may need.
+            for actor in [a for a in self._actors if a.task is None]:
+                self._remove(actor)
         calls = {a.call: a for a in self._actors if a.call is not None}
         if ray.wait(list(calls), timeout=seconds)[0]:
             ended, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
         else:
             ended = []
-        outcomes = [o for call in ended if (o := self._collect(calls[call])) is not None]
-        if self._waiting <= 0:
-            # At once: an idle actor holds what a training, or another run that this one waits for, may need.
-            for actor in [a for a in self._actors if a.task is None]:
-                self._remove(actor)
-        return outcomes
+        return [o for call in ended if (o := self._collect(calls[call])) is not None]
 
     def clear(self) -> None:
         """Kill every actor and forget what it did."""

@@ -1,0 +1,118 @@
+"""Step 5 on Ray Train: the policy of one process, bit for bit; the same losses from two; no step lost with a worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ipd_ray.artifacts import read_jsonl
+from ipd_ray.config import RuntimeConfig
+from ipd_ray.engine import TaskError
+from ipd_ray.steps import DistillJob, run_distill
+from ipd_ray.testing import MortalJob, SlowJob
+
+pytestmark = pytest.mark.ray
+STEPS = list(range(3, 61, 3))
+
+
+def on_ray(job: DistillJob, workers: int = 1, **more: int) -> None:
+    from ipd_ray.distributed.distill import distill
+
+    distill(job, workers, lambda: None, **more)
+
+
+def digest(work: Path) -> str:
+    return str(json.loads((work / "artifact.json").read_text())["digest"])
+
+
+def losses(work: Path) -> np.ndarray:
+    return np.array([row["imitation"] for row in read_jsonl(work / "metrics.jsonl")])
+
+
+def steps(work: Path) -> list[int]:
+    return [row["step"] for row in read_jsonl(work / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def local(tiny_method, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the local engine makes, undisturbed."""
+    work = tmp_path_factory.mktemp("local")
+    job = tiny_method.job(work)
+    run_distill(job.work, job.place, job)
+    return work
+
+
+@pytest.fixture(scope="module")
+def local_without_dropout(tiny_method, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("no_dropout")
+    job = tiny_method.job(work, dropout=0.0)
+    run_distill(job.work, job.place, job)
+    return work
+
+
+def test_plans_are_distilled_in_these_tests(local: Path):
+    assert json.loads((local / "artifact.json").read_text())["diagnostics"]["imagined_ratio"] > 0
+
+
+def test_two_workers_learn_as_one_and_survive_a_kill(
+    ray_cluster, tiny_method, local_without_dropout: Path, tmp_path: Path
+):
+    """The second of two workers is killed at update 32; updates agree with one worker's to rounding."""
+    work = tmp_path / "work"
+    job = tiny_method.job(
+        work, MortalJob, every=1e-6, dropout=0.0, marker=str(tmp_path / "died"), rank=1, step=32
+    )
+    on_ray(job, workers=2)
+    assert (tmp_path / "died").exists()
+    assert steps(work) == STEPS
+    np.testing.assert_allclose(losses(work)[:17], losses(local_without_dropout)[:17], rtol=1e-4)  # 50 updates
+
+
+def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are_killed(
+    ray_cluster: str, tiny_method, local: Path, tmp_path: Path
+):
+    """The driver is killed near update 18; a new one goes on, and loses its worker in update 44."""
+    from ipd_ray.distributed.engine import RayEngine
+
+    work, died = tmp_path / "work", tmp_path / "died"
+    (tmp_path / "job").write_bytes(pickle.dumps(tiny_method.job(work, SlowJob, every=1e-6, seconds=0.1)))
+    script = (
+        "import pickle, ray\n"
+        f"ray.init(address={ray_cluster!r}, log_to_driver=False)\n"
+        "from ipd_ray.distributed.distill import distill\n"
+        "distill(pickle.load(open('job', 'rb')), 1, lambda: None)\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    try:
+        end = time.monotonic() + 90.0
+        while len(steps(work)) < 6 and driver.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    seen = {row["step"]: row["time"] for row in read_jsonl(work / "metrics.jsonl")}
+    assert 6 <= len(seen) <= 13 and not (work / "artifact.json").exists()
+    engine = RayEngine(RuntimeConfig(engine="ray", train_threads=1), "cpu")
+    engine.distill(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44), lambda: None)
+    assert died.exists()
+    assert steps(work) == STEPS
+    assert losses(work).tolist() == losses(local).tolist()
+    assert digest(work) == digest(local)
+    kept = [row["step"] for row in read_jsonl(work / "metrics.jsonl") if seen.get(row["step"]) == row["time"]]
+    assert len(kept) >= 3  # it went on, rather than start again
+    assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
+
+
+def test_failing_distillation_ends_with_its_traceback(ray_cluster, tiny_method, tmp_path: Path):
+    job = tiny_method.job(tmp_path / "work", MortalJob, marker="/nowhere/died", rank=0, step=1)
+    with pytest.raises(TaskError, match=r"FileNotFoundError: .*nowhere/died"):
+        on_ray(job, failures=0)

@@ -1,0 +1,112 @@
+"""The engine on Ray: shards equal those of local processes bit for bit; what can never run is refused beforehand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ipd_ray import testing
+from ipd_ray.config import RuntimeConfig
+from ipd_ray.engine import Engine, LocalEngine, Task, TaskError
+from ipd_ray.errors import UserError
+
+pytestmark = pytest.mark.ray
+
+
+def ray_engine(**fields: object) -> Engine:
+    from ipd_ray.distributed.engine import RayEngine
+
+    return RayEngine(RuntimeConfig.model_validate({"engine": "ray", **fields}), "cpu")
+
+
+def test_shards_are_equal_whoever_imagines_them(ray_cluster, tiny_method, tmp_path: Path):
+    engines: dict[str, Callable[[], Engine]] = {
+        "local": lambda: LocalEngine(2), "one": lambda: ray_engine(actors=1), "two": lambda: ray_engine(actors=2),
+    }
+    digests: dict[str, dict[int, str]] = {}
+    for name, make in engines.items():
+        engine, entries = make(), {}
+        tasks = tiny_method.shard_tasks(tmp_path / name)
+        assert len(tasks) == 4
+        assert not engine.map_shards(tasks, entries.__setitem__, lambda: None)
+        engine.close()
+        digests[name] = {i: entry["digest"] for i, entry in entries.items()}
+    assert len(set(digests["local"].values())) == 4
+    assert digests["one"] == digests["local"] and digests["two"] == digests["local"]
+
+
+def test_steps_run_side_by_side_and_one_that_is_killed_is_done_again(ray_cluster, tmp_path: Path):
+    engine = ray_engine()
+    tasks = [
+        Task("values", testing.die_once, {"value": 3, "marker": str(tmp_path / "died")}),
+        Task("world model", testing.square, {"value": 2}),
+    ]
+    engine.run_steps(tasks, lambda: None)
+    assert (tmp_path / "died").exists()
+    with pytest.raises(TaskError, match="values failed:"):
+        engine.run_steps([Task("values", testing.fail, {"message": "no such column"})], lambda: None)
+    engine.close()
+
+
+def test_interrupt_leaves_nothing_running(ray_cluster, tiny_method, tmp_path: Path):
+    """Ctrl-C arrives in a tick; afterwards the cluster is free again."""
+    import ray
+
+    pid = tmp_path / "pid"
+
+    def interrupt() -> None:
+        if (tmp_path / "work" / "metrics.jsonl").exists() or pid.exists():
+            raise KeyboardInterrupt
+
+    engine = ray_engine(train_threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_steps([Task("long", testing.write_pid, {"path": str(pid), "seconds": 600.0})], interrupt)
+    pid.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        engine.distill(tiny_method.job(tmp_path / "work", testing.SlowJob, seconds=0.5), interrupt)
+    engine.close()
+    end = time.monotonic() + 20.0
+    while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == 2.0
+    assert ray.is_initialized()  # the cluster was not the engine's to stop
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"workers": 3}, r"runtime\.workers=3 must be at most 2: each takes 1 CPU, the cluster has 2 CPUs.*on 1 node"),
+        ({"workers": 2, "train_threads": 2}, r"runtime\.workers=2 must be at most 1: each takes 2 CPUs.*train_threads"),
+        ({"threads": 3}, r"runtime\.threads=3 must be at most 2, the CPUs of the largest node"),
+    ],
+)
+def test_what_the_cluster_can_never_give_is_refused(ray_cluster, fields: dict[str, object], message: str):
+    with pytest.raises(UserError, match=message):
+        ray_engine(**fields)
+
+
+def test_gpu_that_is_not_there_is_refused(ray_cluster):
+    from ipd_ray.distributed.engine import RayEngine
+
+    with pytest.raises(UserError, match=r"runtime\.device=cuda needs a GPU .* and 0 GPUs on 1 node"):
+        RayEngine(RuntimeConfig(engine="ray"), "cuda")
+
+
+def test_relative_paths_are_refused(ray_cluster, tiny_method):
+    engine = ray_engine()
+    with pytest.raises(ValueError, match="must be an absolute path"):
+        engine.run_steps([Task("values", testing.square, {"work": "runs/x"})], lambda: None)
+    engine.close()
+
+
+def test_threads_share_the_cores_among_the_workers():
+    from ipd_ray.distributed.cluster import Cluster, Node
+
+    cluster = Cluster((Node(8, 1), Node(4, 0)), autoscaled=False)
+    # threads t a worker, floor(8 / t) + floor(4 / t) workers fit
+    assert [cluster.threads(w, 0.0) for w in (1, 2, 3, 6, 12, 13)] == [8, 4, 4, 2, 1, 1]
+    assert cluster.threads(1, 1.0) == 8
+    assert cluster.slots(1, 0.5) == 2
