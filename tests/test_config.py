@@ -66,7 +66,7 @@ def test_every_wrong_value_is_told_at_once():
         (["world_model.elites=8"], r"world_model\.elites=8 must be at most world_model\.members=7"),
         (["policy.width=30"], r"policy\.width=30 must be a multiple of policy\.heads=4"),
         (["runtime.workers=2"], r"runtime\.workers=2 needs runtime\.engine=ray"),
-        (["runtime.engine=ray", "runtime.workers=200"], r"runtime\.workers=200 must be at most distill\.batch_size=128"),
+        (["runtime.engine=ray", "runtime.workers=200"], r"runtime\.workers=200 must be at most distill\.batch_size"),
     ],
 )
 def test_fields_that_contradict_each_other_are_both_named(words: list[str], message: str):
