@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-EPILOG = """Exit codes: 0 done, 2 a mistake of the user's, 3 done in part, 130 interrupted (143 by SIGTERM), 1 anything else."""
+EPILOG = "Exit codes: 0 done, 2 a user's mistake, 3 done in part, 130 interrupted (143 by SIGTERM), 1 anything else."
 
 app = typer.Typer(
     name="ipd-ray", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, epilog=EPILOG,
@@ -29,7 +30,7 @@ app = typer.Typer(
 
     Begin with `ipd-ray run demo --preset demo`.""",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Look at logs, bring your own, make the demo's, export imagined ones.")
+data_app = typer.Typer(no_args_is_help=True, help="Look at logs, bring your own, make the demo's, export segments.")
 runs_app = typer.Typer(no_args_is_help=True, help="List, compare and remove runs.")
 store_app = typer.Typer(no_args_is_help=True, help="The artifacts that runs share.")
 app.add_typer(data_app, name="data")
@@ -54,10 +55,8 @@ def answers(command: F) -> F:
     @functools.wraps(command)
     def answering(*args: Any, **kwargs: Any) -> Any:
         logging.basicConfig(format="note: %(message)s", level=logging.WARNING, stream=sys.stderr)
-        try:
+        with suppress(ValueError):  # not in the main thread: somebody embeds this
             signal.signal(signal.SIGTERM, _on_sigterm)
-        except ValueError:  # not the main thread: a test's, or somebody's who embeds this
-            pass
         try:
             return command(*args, **kwargs)
         except (KeyboardInterrupt, Terminated) as error:
@@ -85,7 +84,7 @@ def _explain(error: Exception) -> int:
         _say(f"incomplete: {error}")
         return 3
     if isinstance(error, OSError):
-        from ipd_ray.api import explain_os_error
+        from ipd_ray.checks import explain_os_error
 
         if (plain := explain_os_error(error)) is not None:
             _say(f"error: {plain}")
@@ -126,22 +125,33 @@ def _print_json(document: Any) -> None:
 
 # ---- run, and its steps
 
-Dataset = Annotated[str, typer.Argument(help="Minari id, local or remote (bench/hopper/mixed-v0), or `demo`.", metavar="DATASET")]
+Dataset = Annotated[
+    str, typer.Argument(help="Minari id, local or remote (bench/hopper/mixed-v0), or `demo`.", metavar="DATASET")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Settings by dotted name: planner.horizon=8 seed=1. They win over --config and --preset.",
-                   metavar="[SECTION.FIELD=VALUE]..."),
+    typer.Argument(
+        help="Settings by dotted name, such as planner.horizon=8 or seed=1. They win over --config and --preset.",
+        metavar="[SECTION.FIELD=VALUE]",
+    ),
 ]
 Preset = Annotated[str | None, typer.Option(help="Settings to start from: demo, gym-small or gym.")]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings, over the preset's; `ipd-ray config` writes one to edit.")
+    Path | None,
+    typer.Option("--config", help="YAML file of settings, over the preset's; `ipd-ray config` writes one to edit."),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option(help="Folder of the run; runs/<dataset>-seed<seed> where not given. Artifacts go to `store` beside it."),
+    typer.Option(help="Folder of the run; runs/<dataset>-seed<seed> where not given. What runs share lies in `store` "
+                 "beside it."),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be reused and done, in what time, memory and disk.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output; everything else on standard error.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Do nothing; say what would be reused and done, in what time, memory and disk."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON document on standard output; everything else on standard error.")
+]
 
 
 def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, preset: str | None, config: Path | None,
@@ -162,7 +172,43 @@ def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, pres
 
 
 def _dry_run(dataset: str, settings: RunConfig, run_dir: Path | None, until: str, as_json: bool) -> None:
-    raise NotImplementedError
+    from ipd_ray.api import plan
+    from ipd_ray.runs import human_bytes
+
+    planned = plan(dataset, settings, run_dir=run_dir, until=until)
+    if as_json:
+        _print_json(planned)
+        return
+
+    def amount(value: float, show: Callable[[float], str]) -> str:
+        return show(value) if value else "-"
+
+    rows = [
+        [row["step"], row["state"], amount(row["seconds"], _seconds), amount(row["memory"], human_bytes),
+         amount(row["disk"], human_bytes), row["key"][:12]]
+        for row in planned["steps"]
+    ]
+    whole = planned["total"]
+    space = [amount(whole[name], human_bytes) for name in ("memory", "disk")]
+    rows.append(["in all", "", amount(whole["seconds"], _seconds), *space, ""])
+    folder, store = (_near(Path(planned[name])) for name in ("run_dir", "store"))
+    print(f"{planned['dataset']}, run folder {folder}, store {store}\n")
+    print(_table(["step", "state", "time", "memory", "disk", "key"], rows))
+    for remark in planned["remarks"]:
+        print(f"\nnote: {remark}")
+    print("\nEstimates, right within a factor of two or so, for this machine as busy as it is now; nothing was run.")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; what looks like a number is set to the right."""
+    columns = list(zip(header, *rows, strict=True))
+    right = [all(cell in ("", "-") or cell.lstrip("-")[:1].isdigit() for cell in column[1:]) for column in columns]
+    widths = [max(len(cell) for cell in column) for column in columns]
+    lines = []
+    for row in [header, *rows]:
+        cells = zip(row, widths, right, strict=True)
+        lines.append("  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in cells).rstrip())
+    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])
 
 
 def _step_command(name: str, until: str, text: str) -> None:
@@ -187,33 +233,37 @@ _step_command("evaluate", "evaluate", "A run up to step 6, the scores: the same 
 
 def _summary_table(summary: Mapping[str, Any]) -> str:
     """The last table: what the data held, what the policy reached, what was imagined."""
-    data = summary["data"]
+    data, folder = summary["data"], Path(summary["run_dir"])
+    size = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
     rows = [
-        ("dataset", f"{summary['dataset']}, {data['episodes']:,} episodes, {data['steps']:,} steps; seed {summary['seed']}"),
+        ("dataset", f"{summary['dataset']}, {size}; seed {summary['seed']}"),
         ("data", f"return mean {data['return_mean']:,.1f}, best {data['return_max']:,.1f}{_normalised(data)}"),
     ]
     for name in ("policy", "bc", "no_imagination"):
         if name in summary:
             s = summary[name]
-            rows.append((name.replace("_", " "), f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over "
-                         f"{s['episodes']} episodes{_normalised(s)}"))
-    if "policy" not in summary and "distill" in summary["seconds"]:
+            score = f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over {s['episodes']} episodes"
+            rows.append((name.replace("_", " "), score + _normalised(s)))
+    if "distill" in summary["seconds"] and "policy" not in summary:
         rows.append(("policy", "not evaluated"))
     if imagined := summary.get("imagined"):
-        rows.append(("imagined", f"{imagined['accepted']:,} of {imagined['segments']:,} segments accepted "
-                     f"({100 * imagined['accept_rate']:.1f} %), {imagined['accepted_steps']:,} steps"))
+        share = f"{imagined['accepted']:,} of {imagined['segments']:,} segments accepted"
+        steps = f"{imagined['accepted_steps']:,} steps"
+        rows.append(("imagined", f"{share} ({100 * imagined['accept_rate']:.1f} %), {steps}"))
         if imagined["accepted"]:
-            rows.append(("", f"their return {imagined['imagined_mean']:,.1f} imagined, {imagined['own_mean']:,.1f} in the log "
-                         "(discounted, transformed)"))
+            gain = f"{imagined['imagined_mean']:,.1f} imagined, {imagined['own_mean']:,.1f} in the log"
+            rows.append(("", f"their return {gain} (discounted, rewards rescaled)"))
     if "policy" in summary:
         s = summary["policy"]
-        rows.append(("V(start)", f"{s['value_at_start']:,.1f} expected, {s['discounted_mean']:,.1f} collected (discounted)"))
-    rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
-    folder = _near(Path(summary["run_dir"]))
-    if (Path(summary["run_dir"]) / "policy").exists():
-        rows.append(("policy at", f'{folder / "policy"}   Policy.load("{folder}")'))
-    if (Path(summary["run_dir"]) / "report.html").exists():
-        rows.append(("report", str(folder / "report.html")))
+        kept = f"{s['value_at_start']:,.1f} expected at the start, {s['discounted_mean']:,.1f} collected"
+        rows.append(("value", f"{kept} (discounted)"))
+    if summary["seconds"]:
+        rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
+    rows.append(("run folder", str(_near(folder))))
+    if (folder / "policy").exists():
+        rows.append(("policy", f'from ipd_ray import Policy; Policy.load("{_near(folder)}")'))
+    if (folder / "report.html").exists():
+        rows.append(("report", str(_near(folder / "report.html"))))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -272,6 +322,350 @@ def data_demo(
     root = demo_root()
     name = make_demo(root, force=force)
     _print(f"{name} lies in {_near(root)}; train on it with `ipd-ray run demo --preset demo`.")
+
+
+@data_app.command("show")
+@answers
+def data_show(
+    dataset: Dataset,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw returns, lengths and actions into this file (png, svg, pdf).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a log holds: sizes, returns, lengths, rewards, actions and observations."""
+    from ipd_ray.data import describe as description
+    from ipd_ray.data.minari_source import load
+
+    if plot is not None:
+        _check_plot(plot)
+    transitions = load(dataset)
+    found = description.describe(transitions)
+    if plot is not None:
+        description.plot(transitions, plot)
+    if as_json:
+        _print_json(found)
+    _print(_log_table(found), to_stderr=as_json)
+    if plot is not None:
+        _print(f"\nplot in {plot}", to_stderr=as_json)
+
+
+def _check_plot(path: Path) -> None:
+    from ipd_ray.errors import UserError
+
+    formats = ("png", "svg", "pdf", "jpg")
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise UserError(f"--plot {path}: its suffix must be one of {', '.join(formats)}: it sets the format.")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: the folder {path.parent} does not exist: make it, or name another.")
+
+
+def _log_table(found: Mapping[str, Any]) -> str:
+    def spread(values: Mapping[str, float]) -> list[str]:
+        return [f"{values[name]:,.4g}" if abs(values[name]) < 100 else f"{values[name]:,.0f}"
+                for name in ("mean", "std", "min", "p50", "p90", "max")]
+
+    rows = [[name, *spread(found[name])] for name in ("return", "length", "reward")]
+    lines = [
+        f"{found['dataset']}: {found['episodes']:,} episodes, {found['steps']:,} steps; {found['observation_dim']} "
+        f"observation and {found['action_dim']} action dimensions",
+        f"{found['terminated']:,} episodes terminated, {found['truncated']:,} truncated; "
+        f"{100 * found['action_saturation']:.1f} % of the actions at a bound; "
+        f"{100 * found['reward']['zero_share']:.1f} % of the rewards are 0",
+        "",
+        _table(["", "mean", "std", "min", "median", "90 %", "max"], rows),
+    ]
+    if found["normalised"]:
+        scores = found["normalised"]
+        references = f"0 is {found['ref_min_score']:,.4g}, 100 is {found['ref_max_score']:,.4g}"
+        score = f"mean {scores['mean']:.1f}, 90 % {scores['p90']:.1f}, best {scores['max']:.1f}"
+        lines += ["", f"normalised return: {score} ({references})"]
+    columns = zip(found["observation_min"], found["observation_max"], found["observation_std"], strict=True)
+    shown = [[str(i), *(f"{value:.4g}" for value in column)] for i, column in enumerate(columns)]
+    lines += ["", _table(["observation", "min", "max", "std"], shown[:12])]
+    if len(shown) > 12:
+        lines.append(f"... and {len(shown) - 12} more, with --json")
+    return "\n".join(lines)
+
+
+@data_app.command("import")
+@answers
+def data_import(
+    file: Annotated[
+        Path, typer.Argument(help=".npz, .parquet (or a folder of them), or D4RL's .hdf5.", metavar="FILE")
+    ],
+    name: Annotated[str, typer.Option("--id", help="Minari id to write: (namespace/)name-vN, such as my/robot-v0.")],
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="FIELD=COLUMN where the file's name differs, such as observations=obs. Repeatable."),
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Gymnasium id of the environment it comes from, for evaluation.")
+    ] = None,
+    action_low: Annotated[
+        str | None, typer.Option(help="Lower action bound: one number, or one a dimension (-1,-2).")
+    ] = None,
+    action_high: Annotated[str | None, typer.Option(help="Upper action bound.")] = None,
+    ref_min_score: Annotated[
+        float | None, typer.Option(help="Raw return that counts as 0 in normalised scores.")
+    ] = None,
+    ref_max_score: Annotated[float | None, typer.Option(help="Raw return that counts as 100.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read, check and preview; write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,
+) -> None:
+    """Bring your own log in: read, check, preview, and after a yes write it as a Minari dataset.
+
+    The file has one row a step, episode after episode, in columns (arrays) of these names:
+
+      observations, actions, rewards, terminals (or terminations): required
+
+      timeouts (or truncations), next_observations, episode_ids: where there are
+
+    An episode ends at a terminal, a timeout, a change of episode_ids, or the last row.
+    """
+    from ipd_ray.data import importer
+    from ipd_ray.data.export import check_id, datasets_path
+    from ipd_ray.errors import UserError
+
+    check_id(name)
+    if (datasets_path() / name).exists():
+        raise UserError(f"--id {name} exists in {datasets_path()}: choose another id, such as the next -v number.")
+    log = importer.read(
+        file, mapping=importer.parse_mapping(",".join(mapping or ())), env_id=env,
+        action_low=_numbers("--action-low", action_low), action_high=_numbers("--action-high", action_high),
+    )
+    _print(_preview_table(name, importer.preview(log)))
+    if dry_run:
+        _print("\nnothing was written")
+        return
+    _confirm("write it?", yes)
+    importer.write(log, name, ref_min_score=ref_min_score, ref_max_score=ref_max_score)
+    _print(f"{name} lies in {datasets_path()}: look at it with `ipd-ray data show {name}`")
+
+
+def _numbers(option: str, text: str | None) -> list[float] | float | None:
+    from ipd_ray.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r} must be a number, or one a dimension with commas between: -1,-2.") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _preview_table(name: str, found: Mapping[str, Any]) -> str:
+    def spread(values: Mapping[str, float]) -> str:
+        return f"mean {values['mean']:,.4g}, min {values['min']:,.4g}, max {values['max']:,.4g}"
+
+    def bound(values: Sequence[float]) -> str:
+        same = len(set(values)) == 1 and len(values) > 1
+        return f"{values[0]:g} (all {len(values)})" if same else ", ".join(f"{v:g}" for v in values)
+
+    rows = [
+        ("dataset", name),
+        ("from", found["source"]),
+        ("episodes", f"{found['episodes']:,}, {found['terminated']:,} terminated"),
+        ("steps", f"{found['steps']:,}"),
+        ("length", spread(found["length"])),
+        ("return", spread(found["return"])),
+        ("observations", f"shape {tuple(found['observation_shape'])}"),
+        ("actions", f"shape {tuple(found['action_shape'])}"),
+        ("action low", f"{bound(found['action_low'])} (from {found['action_bounds_from']})"),
+        ("action high", bound(found["action_high"])),
+        ("environment", "recorded" if found["environment"] else "none: evaluate.environment can name one"),
+    ]
+    lines = [f"{label:<13} {text}" for label, text in rows]
+    return "\n".join([*lines, *(f"note: {warning}" for warning in found["warnings"])])
+
+
+def _confirm(question: str, yes: bool) -> None:
+    """Ask, unless --yes. Raises UserError where nobody can answer."""
+    from ipd_ray.errors import UserError
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} Nobody can answer here (standard input is no terminal): add --yes.")
+    if not typer.confirm(question):
+        _say("nothing was changed")
+        raise typer.Exit(0)
+
+
+@data_app.command("export")
+@answers
+def data_export(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="RUN")],
+    name: Annotated[str, typer.Option("--id", help="Minari id to write: (namespace/)name-vN.")],
+    only_imagined: Annotated[
+        bool, typer.Option("--only-imagined", help="The accepted segments alone, without the log's episodes.")
+    ] = False,
+    runs_dir: Annotated[Path, typer.Option(help="Where runs lie.")] = Path("runs"),
+) -> None:
+    """Write a run's log and its accepted imagined segments as one Minari dataset, each segment an episode."""
+    from ipd_ray.api import export
+    from ipd_ray.data.export import check_id
+    from ipd_ray.runs import open_run
+
+    check_id(name)
+    folder, segments = export(open_run(run, runs_dir), name, with_log=not only_imagined)
+    _print(f"{name}: {segments:,} imagined segments{'' if only_imagined else ' and the log'} in {_near(folder)}")
+
+
+# ---- runs and store
+
+RunsDir = Annotated[Path, typer.Option(help="Where runs lie.")]
+StoreDir = Annotated[Path | None, typer.Option("--store", help="The store; `store` in --runs-dir where not given.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+@runs_app.command("ls")
+@answers
+def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
+    """List the runs with their scores."""
+    from ipd_ray.runs import list_runs, row
+
+    rows = [row(run) for run in list_runs(runs_dir)]
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        _say(f"no runs in {runs_dir}/: `ipd-ray run demo --preset demo` makes one, --runs-dir names another place")
+        return
+
+    def number(value: float | None, form: str = ",.1f") -> str:
+        return "-" if value is None else format(value, form)
+
+    shown = [
+        [Path(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
+         number(r["policy_std"]), number(r["normalised"]), number(r["accepted"], ",d"),
+         "-" if r["seconds"] is None else _seconds(r["seconds"]), r["state"]]
+        for r in rows
+    ]
+    print(_table(
+        ["run", "dataset", "seed", "data mean", "policy mean", "std", "normalised", "accepted", "time", "state"], shown
+    ))
+
+
+@runs_app.command("diff")
+@answers
+def runs_diff(
+    a: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Another.", metavar="B")],
+    runs_dir: RunsDir = Path("runs"), as_json: Json = False,
+) -> None:
+    """Compare two runs: settings that differ, artifacts they share, scores."""
+    from ipd_ray.runs import difference, open_run
+
+    found = difference(open_run(a, runs_dir), open_run(b, runs_dir))
+    if as_json:
+        _print_json(found)
+        return
+    names = [Path(path).name for path in found["runs"]]
+    if found["dataset"][0] != found["dataset"][1]:
+        print(f"datasets: {found['dataset'][0]} and {found['dataset'][1]}\n")
+    elif not found["same_data"]:
+        print(f"the content of {found['dataset'][0]} differs\n")
+
+    def text(value: Any) -> str:
+        return f"{value:,.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    if found["config"]:
+        print(_table(["setting", *names], [[name, *map(text, pair)] for name, pair in found["config"].items()]))
+    else:
+        print("no setting differs")
+    shared, different = (", ".join(found[name]) or "nothing" for name in ("shared", "different"))
+    print(f"\nshared: {shared}; different: {different}")
+    if found["scores"]:
+        print("\n" + _table(["score", *names], [[name, *map(text, pair)] for name, pair in found["scores"].items()]))
+
+
+@runs_app.command("rm")
+@answers
+def runs_rm(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="RUN")],
+    yes: Yes = False, runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Delete a run's folder, its policy included. What it has in the store stays until `store prune`."""
+    from ipd_ray.api import holding
+    from ipd_ray.runs import folder_bytes, human_bytes, open_run, remove
+
+    found = open_run(run, runs_dir)
+    _confirm(f"delete {_near(found.path)} ({human_bytes(folder_bytes(found.path))}, policy included)?", yes)
+    with holding(found.path):
+        remove(found)
+    _print(f"deleted {found.path}; `ipd-ray store prune` frees what no run uses any more")
+
+
+@store_app.command("ls")
+@answers
+def store_ls(runs_dir: RunsDir = Path("runs"), store: StoreDir = None, as_json: Json = False) -> None:
+    """List what runs share, with sizes and the runs that use it."""
+    from ipd_ray.runs import human_bytes, list_store
+
+    items = list_store(store or runs_dir / "store", runs_dir)
+    if as_json:
+        _print_json([
+            {"step": i.step, "name": i.path.name, "state": i.state, "bytes": i.bytes, "runs": list(i.runs),
+             "path": str(i.path)}
+            for i in items
+        ])
+        return
+    if not items:
+        _say(f"nothing in {store or runs_dir / 'store'}: --store or --runs-dir names another place")
+        return
+    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes), ", ".join(i.runs) or "-"] for i in items]
+    print(_table(["step", "key", "state", "size", "used by"], rows))
+    print(f"\n{len(items)} in all, {human_bytes(sum(i.bytes for i in items))}")
+
+
+@store_app.command("prune")
+@answers
+def store_prune(
+    runs_dir: RunsDir = Path("runs"), store: StoreDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Yes = False,
+) -> None:
+    """Delete what no run uses: neither those in --runs-dir nor any other that has used this store and still exists.
+
+    What a live process works on stays. A run that needs a deleted artifact again computes it again.
+    """
+    from ipd_ray.runs import delete, human_bytes, list_store, prunable
+
+    items = prunable(list_store(store or runs_dir / "store", runs_dir))
+    if not items:
+        _print("nothing to prune")
+        return
+    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes)] for i in items]
+    print(_table(["step", "key", "state", "size"], rows))
+    size = human_bytes(sum(i.bytes for i in items))
+    if dry_run:
+        _print(f"\n{size} would be freed; nothing was deleted")
+        return
+    _confirm(f"delete these, {size}?", yes)
+    for item in items:
+        delete(item)
+    _print(f"freed {size}")
+
+
+@app.command("report")
+@answers
+def report(
+    run: Annotated[list[str], typer.Argument(help="One run, or several to compare.", metavar="RUN...")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file; report.html in the first run's folder where not given."),
+    ] = None,
+    runs_dir: RunsDir = Path("runs"),
+) -> None:
+    """Write one HTML page on a run, or one that compares several. It needs nothing else, and no network."""
+    from ipd_ray.report import build_report
+    from ipd_ray.runs import open_run
+
+    folders = [open_run(name, runs_dir).path for name in run]
+    target = output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
+    _print(f"report in {_near(build_report(folders, target))}")
 
 
 def main() -> None:

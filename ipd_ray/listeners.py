@@ -118,15 +118,15 @@ class RichTerminal:
             TextColumn("{task.fields[detail]}", style="dim"), console=Console(stderr=True, highlight=False),
             transient=True, refresh_per_second=4,
         )
-        self._progress.start()
         self._tasks: dict[str, Any] = {}
         self._paces: dict[str, Pace] = {}
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+        self._progress.console.print(text, markup=False, soft_wrap=True)
 
     def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         count, of = _counted(done, total, metrics)
+        self._progress.start()  # again is nothing
         if step not in self._tasks:
             self._tasks[step] = self._progress.add_task("", total=of, label=step, detail="")
             self._paces[step] = Pace()
@@ -175,8 +175,8 @@ class WandbLog:
             )
         except Exception as error:  # whatever its client raises: no key, no network, no permission
             raise UserError(
-                f"runtime.wandb={runtime.wandb}: Weights & Biases cannot be started ({_first_line(error)}): `wandb login`, "
-                "or set runtime.wandb=offline."
+                f"runtime.wandb={runtime.wandb}: Weights & Biases cannot be started ({_first_line(error)}): `wandb "
+                "login`, or set runtime.wandb=offline."
             ) from error
         self._folder = folder
         self._parts: set[str] = set()

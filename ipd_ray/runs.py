@@ -46,8 +46,8 @@ class RunFolder:
             raise UserError(f"{self.path} is no run folder (it holds no {IDENTITY}): `ipd-ray runs ls` lists the runs.")
         if content.get("schema") != SCHEMA:
             raise UserError(
-                f"{self.path} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: use another "
-                "--run-dir, or the version that wrote it."
+                f"{self.path} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: use "
+                "another --run-dir, or the version that wrote it."
             )
         return content
 
@@ -91,8 +91,8 @@ def open_run(name: str, root: Path = Path("runs")) -> RunFolder:
             return RunFolder(path)
     known = [run.name for run in list_runs(root)]
     raise UserError(
-        f"{name!r} is no run folder (with a {IDENTITY} in it).{near_name(name, known)} `ipd-ray runs ls` lists those in "
-        f"{root}/, --runs-dir names another place."
+        f"{name!r} is no run folder (with a {IDENTITY} in it).{near_name(name, known)} `ipd-ray runs ls` lists those "
+        f"in {root}/, --runs-dir names another place."
     )
 
 
@@ -188,8 +188,9 @@ class Stored:
 
     path: Path
     step: str
+    """The step that made it; data and cache: the converted log."""
     state: str
-    """done, partial (of a run that was stopped), working (owned by a live process), data (a converted log)."""
+    """done, partial (of a run that was stopped) or working (owned by a live process)."""
     bytes: int
     runs: tuple[str, ...]
     """The runs that use it."""
@@ -209,9 +210,10 @@ def list_store(store: Path, *roots: Path) -> list[Stored]:
         if path.name.endswith(".partial"):
             state = "working" if _owned(path) else "partial"
         out.append(Stored(path, path.parent.name, state, folder_bytes(path), tuple(used.get(key, ()))))
-    for path in sorted((store / "data").glob("*.safetensors")):
-        key = _content_hash(path)[:24] or path.stem
-        out.append(Stored(path, "data", "data", path.stat().st_size, tuple(used.get(key, ()))))
+    for folder in ("data", "cache"):
+        for path in sorted((store / folder).glob("*.safetensors")):
+            key = _content_hash(path)[:24]
+            out.append(Stored(path, folder, "done", path.stat().st_size, tuple(used.get(key, ()))))
     return out
 
 

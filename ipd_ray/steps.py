@@ -217,6 +217,20 @@ class DistillJob:
         summary["kappa"], summary["kappa_step_quantile"] = threshold, float((u <= threshold).mean())
         return segments, verdict, summary
 
+    def accepted_segments(self) -> list[dict[str, Any]]:
+        """Return what counts of the imagined segments, cut, rewards raw again: the form that `export_minari` takes."""
+        log = self.log.load()
+        segments, verdict, _ = self._imagined(log)
+        out = []
+        for i in np.flatnonzero(verdict.accepted):
+            cut = int(verdict.length[i])
+            out.append({
+                "observations": segments.observation[i, : cut + 1], "actions": segments.action[i, :cut],
+                "rewards": segments.reward[i, :cut] / np.float32(log.reward_scale),
+                "terminated": bool(segments.terminal[i, :cut].any()),
+            })
+        return out
+
     def _holdout_uncertainty(self) -> np.ndarray:
         tensors = Artifact(Path(str(self.world_model))).tensors()
         return tensors["holdout_uncertainty"][KINDS.index(self.uncertainty)].numpy()

@@ -1,0 +1,219 @@
+"""What can be refused before any work, each with its remedy."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.spaces.utils import flatdim
+
+from ipd_ray.config import RunConfig
+from ipd_ray.data.transitions import Spec, Transitions, prepare
+from ipd_ray.errors import UserError
+from ipd_ray.estimate import estimate_disk
+from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.pipeline import Context
+from ipd_ray.runs import IDENTITY, RunFolder, human_bytes
+from ipd_ray.world_model.termination import resolve
+
+NO_SPEC = Spec("", {}, [], [], [], "")
+"""For looking up an environment by name, before any log is read."""
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise UserError for what no dataset could mend: values that contradict each other, things that cannot be had."""
+    policy, distill, runtime = config.policy, config.distill, config.runtime
+    if policy.context > policy.max_timestep:
+        raise UserError(
+            f"policy.context={policy.context} must be at most policy.max_timestep={policy.max_timestep}: lower "
+            "policy.context or raise policy.max_timestep."
+        )
+    if distill.target_return is not None and distill.prompt != "fixed":
+        raise UserError(
+            f"distill.target_return={distill.target_return:g} is asked for by distill.prompt=fixed alone, but it is "
+            f"{distill.prompt}: set distill.prompt=fixed, or leave distill.target_return out."
+        )
+    if runtime.address and runtime.engine == "local":
+        raise UserError(
+            f"runtime.address={runtime.address!r} names a Ray cluster, but runtime.engine=local: set "
+            "runtime.engine=ray, or leave runtime.address out."
+        )
+    check_device(runtime.device)
+    resolve(config.world_model.termination)
+    if config.evaluate.environment:
+        environment_maker(NO_SPEC, config.evaluate.environment)
+    if runtime.engine == "ray":
+        ray_engine()
+    if runtime.wandb != "off":
+        _importable("wandb", f"runtime.wandb={runtime.wandb}", "`pip install wandb`, or set runtime.wandb=off")
+    if runtime.tensorboard:
+        _importable(
+            "tensorboard", "runtime.tensorboard=true",
+            "`pip install ipd_ray[tensorboard]`, or set runtime.tensorboard=false",
+        )
+
+
+def check_device(name: str) -> None:
+    """Raise UserError for a torch device that is not there."""
+    if name == "auto":
+        return
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"runtime.device={name!r} cannot be used ({reason}): set runtime.device=auto or cpu.") from None
+
+
+def ray_engine() -> Any:
+    """Return the class RayEngine. Raises UserError where ray is not installed."""
+    try:
+        return importlib.import_module("ipd_ray.distributed.engine").RayEngine
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "ray":
+            raise
+        raise UserError(
+            f"runtime.engine=ray, but ray cannot be imported ({error}): `pip install ipd_ray` brings it, or set "
+            "runtime.engine=local, which needs none."
+        ) from None
+
+
+def _importable(module: str, field: str, remedy: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{field} needs {module}, which cannot be imported ({error}): {remedy}.") from None
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where the run folder cannot be written, or holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run folder {folder} is a file: give another --run-dir.")
+    run = RunFolder(folder)
+    if run.exists:
+        _ = run.identity  # refuses an unknown schema
+    elif folder.exists() and any(not _ours(path) for path in folder.iterdir()):
+        raise UserError(
+            f"run folder {folder} holds other things and no {IDENTITY}: give a --run-dir that is new, or empty, or "
+            "a run's."
+        )
+    check_writable(folder)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a run that was stopped at its very beginning may have left this."""
+    return path.name == "lease.json" or path.name.startswith(".")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UserError where nothing can be written to a folder; it is made if need be."""
+    probe = folder / f".write-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("?")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(explain_os_error(error) or f"{folder} cannot be written ({error}).") from error
+
+
+def check_identity(folder: Path, transitions: Transitions) -> None:
+    """Raise UserError for a run folder of another dataset."""
+    run = RunFolder(folder)
+    if not run.exists:
+        return
+    before, name = run.identity, transitions.spec.dataset
+    remedy = f"give another --run-dir, or remove it with `ipd-ray runs rm {folder}`."
+    if before["dataset"] != name:
+        raise UserError(f"run folder {folder} is of dataset {before['dataset']}, not of {name}: {remedy}")
+    if before["content_hash"] != transitions.content_hash:
+        raise UserError(f"run folder {folder} is of {name} as it was before its content changed: {remedy}")
+
+
+def check_data(config: RunConfig, transitions: Transitions) -> None:
+    """Raise UserError where the dataset and the config do not go together."""
+    prepare(transitions, config.data, config.seed)
+    if config.evaluate.environment:
+        check_environment(config.evaluate.environment, transitions)
+
+
+def check_environment(name: str, transitions: Transitions) -> None:
+    """Raise UserError where the environment that the user named cannot be made, or is not the one of the log."""
+    try:
+        env = environment_maker(transitions.spec, name)()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a third party's environment raises
+        raise UserError(
+            f"evaluate.environment={name} cannot be made ({type(error).__name__}: {error}): install what it needs, or "
+            "name another."
+        ) from error
+    action, observation = env.action_space, env.observation_space
+    env.close()
+    remedy = "evaluate in the environment that the log comes from."
+    wanted = tuple(transitions.spec.action_shape)
+    if action.shape != wanted:
+        raise UserError(
+            f"evaluate.environment={name}: its actions are {action}, the log's have shape {wanted}: {remedy}"
+        )
+    size = flatdim(observation)
+    if size != transitions.observation_dim:
+        raise UserError(
+            f"evaluate.environment={name}: its observations have {size} entries, the log's "
+            f"{transitions.observation_dim}: {remedy}"
+        )
+
+
+def check_disk(context: Context, until: str) -> None:
+    """Raise UserError where the disk of the store is too full for what the run will write."""
+    root = context.store.root
+    need, free = estimate_disk(context, until), shutil.disk_usage(root).free
+    if free < need:
+        raise UserError(
+            f"the store {root} needs about {human_bytes(need)} more, the disk has {human_bytes(free)} left: free some "
+            "(`ipd-ray store prune` removes what no run uses), or name another disk with runtime.store=FOLDER."
+        )
+
+
+def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
+    """What is allowed but hardly meant."""
+    out = []
+    longest = int(transitions.episode_length.max())
+    if longest > config.policy.max_timestep:
+        out.append(
+            f"policy.max_timestep={config.policy.max_timestep}, but episodes last up to {longest} steps: later steps "
+            "share one embedding; raise it to tell them apart."
+        )
+    if config.distill.warmup >= config.distill.updates:
+        out.append(
+            f"distill.warmup={config.distill.warmup} is not below distill.updates={config.distill.updates}: the step "
+            "size never gets to distill.learning_rate."
+        )
+    if config.distill.imagined_ratio == 0 and "no_imagination" in config.ablations:
+        out.append("ablations: no_imagination is the policy itself, since distill.imagined_ratio=0.")
+    try:
+        environment_maker(transitions.spec, config.evaluate.environment)
+    except NoEnvironment as error:
+        out.append(f"there will be no evaluation: {error}.")
+    return out
+
+
+def explain_os_error(error: OSError) -> str | None:
+    """Return what a user can do about a full disk or a missing permission; None for other errors."""
+    what = error.filename or "the disk"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space is left ({what}): free some (`ipd-ray store prune` removes what no run uses), then run the same "
+            "command again; it goes on."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"no permission to write {what}: choose a place of your own with --run-dir, and runtime.store=FOLDER for "
+            "what runs share."
+        )
+    if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EEXIST) and error.filename:
+        return f"{what} cannot be written ({error.strerror}): choose another --run-dir or runtime.store."
+    return None
