@@ -79,7 +79,8 @@ def segments_of(index: Sequence[int], length: int, log: Log | None = None, **col
     plain: dict[str, Any] = {
         "index": at, "episode": log.transitions.episode[at] if log else np.zeros(S, np.int64),
         "timestep": log.transitions.timestep[at] if log else at, "control": np.zeros(S, bool),
-        "observation": np.zeros((S, length + 1, width), np.float32), "action": np.zeros((S, length, actions), np.float32),
+        "observation": np.zeros((S, length + 1, width), np.float32),
+        "action": np.zeros((S, length, actions), np.float32),
         "reward": np.zeros((S, length), np.float32), "terminal": np.zeros((S, length), bool),
         "uncertainty": np.zeros((S, length), np.float32), "value": np.zeros((S, length + 1), np.float32),
         "own_reward": np.zeros((S, length), np.float32), "own_terminal": np.zeros((S, length), bool),
@@ -179,7 +180,9 @@ def learned_pendulum() -> Learned:
         v, m = Path(folder) / "values", Path(folder) / "world_model"
         config = ValuesConfig(updates=1500, width=32, batch_size=128, learning_rate=2e-3, polyak=0.02)
         fit_values(log, config, seed=0, device="cpu", workspace=Workspace(v))
-        model = WorldModelConfig(members=3, elites=3, width=48, layers=2, max_updates=1200, eval_every=400, batch_size=128)
+        model = WorldModelConfig(
+            members=3, elites=3, width=48, layers=2, max_updates=1200, eval_every=400, batch_size=128
+        )
         fit_world_model(log, model, seed=0, device="cpu", workspace=Workspace(m))
         values, world_model = (described(f) for f in (v, m))
         tensors = world_model.tensors()

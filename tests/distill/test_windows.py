@@ -173,7 +173,8 @@ def test_the_outcome_of_an_imagined_step_by_hand():
 
 
 def test_the_outcome_ends_with_a_predicted_termination():
-    segments = segments_of([0], 2, reward=np.ones((1, 2)), terminal=np.array([[False, True]]), value=np.full((1, 3), 9.0))
+    ends = np.array([[False, True]])
+    segments = segments_of([0], 2, reward=np.ones((1, 2)), terminal=ends, value=np.full((1, 3), 9.0))
     assert imagined_outcome(segments, np.array([2]), 0.5).tolist() == [[1.5, 1.0]]
 
 

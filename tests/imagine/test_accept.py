@@ -19,9 +19,12 @@ from ipd_ray.world_model.uncertainty import KINDS
 WIDE = (np.array([-10.0], np.float32), np.array([10.0], np.float32), -100.0, 100.0)
 
 
-def verdict(length: int = 4, *, ranges: Any = WIDE, discount: float = 0.5, value_std: float = 1.0, **columns: Any) -> Accepted:
-    """The verdict on segments that earn 1 a step and end at V = 0, where the log earned nothing."""
-    config = columns.pop("config", AcceptConfig(min_length=1, margin=0.0))
+LENIENT = AcceptConfig(min_length=1, margin=0.0)
+
+
+def verdict(*, ranges: Any = WIDE, config: AcceptConfig = LENIENT, value_std: float = 1.0, **columns: Any) -> Accepted:
+    """The verdict on segments of 4 steps that earn 1 each and end at V = 0, where the log earned nothing; gamma 0.5."""
+    length, discount = 4, 0.5
     S = len(next(iter(columns.values()))) if columns else 1
     plain = {"reward": np.ones((S, length)), "uncertainty": np.full((S, length), 0.1)}
     segments = segments_of(range(S), length, **{**plain, **columns})
@@ -71,7 +74,7 @@ def test_the_log_is_cut_where_the_segment_is():
 
 
 def test_a_segment_that_is_uncertain_at_once_has_no_steps():
-    v = verdict(uncertainty=steps(2, 0, 0, 0), value=steps(3, 9, 9, 9, 9), config=AcceptConfig(min_length=1, margin=0.0))
+    v = verdict(uncertainty=steps(2, 0, 0, 0), value=steps(3, 9, 9, 9, 9))
     assert v.length.tolist() == [0] and v.imagined.tolist() == [3.0] and not v.accepted[0]
 
 

@@ -16,11 +16,12 @@ from ipd_ray.imagine.planner import Plan, candidates_per_elite, plan
 
 
 def decide(
-    dynamics: Line, values: KnownValues, *, at: tuple[float, ...] = (0.0,), discount: float = 0.9, seed: int = 0, **config: Any
+    dynamics: Line, values: KnownValues, *, at: tuple[float, ...] = (0.0,), seed: int = 0, **config: Any
 ) -> Plan:
+    """Plan for points on the line; gamma 0.9."""
     plain = {"candidates": 2048, "horizon": 1, "noise_std": 0.5, "temperature": 0.01}
     return plan(
-        torch.tensor(at)[:, None], dynamics, values, PlannerConfig.model_validate({**plain, **config}), discount=discount,
+        torch.tensor(at)[:, None], dynamics, values, PlannerConfig.model_validate({**plain, **config}), discount=0.9,
         generator=torch.Generator().manual_seed(seed),
     )
 

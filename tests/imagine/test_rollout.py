@@ -31,9 +31,9 @@ def spec(*index: int, shard: int = 0) -> ShardSpec:
 
 def imagine(*index: int, shard: int = 0, length: int = 3, seed: int = 0, **more: Any) -> Segments:
     # One candidate an elite, which carries no noise: a = 0.1 always, unless more are asked for.
-    planner = PlannerConfig(candidates=more.pop("candidates", 2), horizon=2)
+    planner, config = PlannerConfig(candidates=more.pop("candidates", 2), horizon=2), ImagineConfig(length=length)
     return imagine_shard(
-        spec(*index, shard=shard), LOG, EDGE, VALUES, planner, ImagineConfig(length=length), seed=seed, device="cpu", **more
+        spec(*index, shard=shard), LOG, EDGE, VALUES, planner, config, seed=seed, device="cpu", **more
     )
 
 
@@ -46,7 +46,8 @@ def test_own_steps_by_hand():
     assert own.length.tolist() == [3, 2, 2]
     assert own.reward.tolist() == [[1, 2, 3], [3, 4, 0], [6, 7, 0]]
     assert own.terminal.tolist() == [[False] * 3, [False] * 3, [False, True, False]]
-    assert own.observation[..., 0].tolist() == [near(0.0, 0.1, 0.2, 0.3), near(0.2, 0.3, 0.4, 0.4), near(0.9, 1.0, 1.1, 1.1)]
+    wanted = [near(0.0, 0.1, 0.2, 0.3), near(0.2, 0.3, 0.4, 0.4), near(0.9, 1.0, 1.1, 1.1)]
+    assert own.observation[..., 0].tolist() == wanted
 
 
 def test_own_rewards_are_transformed():
@@ -104,9 +105,9 @@ def test_the_learned_world_imagines_the_same_bits_whoever_asks():
     learned = learned_pendulum()
 
     def digest() -> str:
+        planner, config = PlannerConfig(candidates=12, horizon=3), ImagineConfig(length=4)
         return imagine_shard(
-            spec(10, 400, 1200), learned.log, learned.world_model, learned.values, PlannerConfig(candidates=12, horizon=3),
-            ImagineConfig(length=4), seed=0, device="cpu",
+            spec(10, 400, 1200), learned.log, learned.world_model, learned.values, planner, config, seed=0, device="cpu"
         ).digest
 
     assert digest() == digest()

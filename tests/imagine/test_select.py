@@ -16,10 +16,9 @@ STEPS = 200
 
 def select(regret: np.ndarray, *, length: int = 5, seed: int = 0, **config: Any) -> Starts:
     plain = {"starts": 20, "regret_share": 1.0, "control_share": 0.0, "episode_cap": 1.0}
-    value = regret.astype(np.float32) + 3.0
-    return select_starts(
-        LOG, value, np.full(STEPS, 3.0, np.float32), SelectConfig.model_validate({**plain, **config}), length=length, seed=seed
-    )
+    value, returns = regret.astype(np.float32) + 3.0, np.full(STEPS, 3.0, np.float32)
+    wanted = SelectConfig.model_validate({**plain, **config})
+    return select_starts(LOG, value, returns, wanted, length=length, seed=seed)
 
 
 def noise() -> np.ndarray:
