@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,13 +33,21 @@ def connect(address: str | None, *, dashboard: bool = False) -> bool:
         ray.init(address="local", include_dashboard=dashboard, **quiet)
         return True
     try:
+        _knock(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"runtime.address={address!r}: no Ray cluster can be joined there ({_first_line(error)}): start one with "
             "`ray start --head`, or leave runtime.address out for a cluster of this machine."
         ) from error
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody listens: Ray would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10.0).close()
 
 
 def disconnect() -> None:

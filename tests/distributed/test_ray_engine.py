@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +95,16 @@ def test_gpu_that_is_not_there_is_refused(ray_cluster):
 
     with pytest.raises(UserError, match=r"runtime\.device=cuda needs a GPU .* and 0 GPUs on 1 node"):
         RayEngine(RuntimeConfig(engine="ray"), "cuda")
+
+
+def test_address_without_a_cluster_is_refused_at_once():
+    """In a process of its own: this one is connected."""
+    script = (
+        "from ipd_ray.distributed.cluster import connect\nfrom ipd_ray.errors import UserError\n"
+        "try:\n    connect('127.0.0.1:1')\nexcept UserError as error:\n    print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout
+    assert said.startswith("runtime.address='127.0.0.1:1': no Ray cluster can be joined there") and "ray start" in said
 
 
 def test_relative_paths_are_refused(ray_cluster, tiny_method):
