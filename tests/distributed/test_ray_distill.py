@@ -112,6 +112,7 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
     assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
 
 
+@pytest.mark.slow
 def test_failing_distillation_ends_with_its_traceback(ray_cluster, tiny_method, tmp_path: Path):
     job = tiny_method.job(tmp_path / "work", MortalJob, marker="/nowhere/died", rank=0, step=1)
     with pytest.raises(TaskError, match=r"FileNotFoundError: .*nowhere/died"):
