@@ -177,8 +177,8 @@ class ProcessPool:
                 continue
             number, worker.task = worker.task, None
             try:
-                result, error = worker.pipe.recv() if worker.pipe.poll() else (None, None)
-                lost = not worker.process.is_alive() and result is None and error is None
+                lost = not worker.pipe.poll()  # then its end is what is ready
+                result, error = (None, None) if lost else worker.pipe.recv()
             except (EOFError, OSError):
                 result, error, lost = None, None, True
             if lost:
@@ -222,7 +222,7 @@ def _interrupts_held() -> Iterator[None]:
 def _main_left_alone() -> Iterator[None]:
     """Keep `spawn` from running the user's script again in the new process: no task needs it, few are guarded."""
     main = vars(sys.modules["__main__"])
-    kept = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
     main.pop("__file__", None)
     try:
@@ -236,12 +236,11 @@ def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     for task in _received(pipe):
-        reply: tuple[Any, str | None]
         try:
-            reply = (task.function(**task.arguments) or True, None)
+            pipe.send((task.function(**task.arguments), None))  # raises for a result that cannot travel, too
         except Exception:
-            reply = (None, traceback.format_exc())
-        pipe.send(reply)
+            with suppress(OSError):  # the parent is gone
+                pipe.send((None, traceback.format_exc()))
 
 
 def _die_with_parent(parent: int) -> None:
