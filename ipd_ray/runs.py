@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ipd_ray.config import flatten
+from ipd_ray.config import flatten, read_yaml
 from ipd_ray.errors import UserError, near_name
 
 SCHEMA = 1
@@ -64,10 +62,8 @@ class RunFolder:
     @property
     def config(self) -> dict[str, Any]:
         """{dotted name: value} of the config it ran with."""
-        try:
-            return flatten(yaml.safe_load((self.path / "config.yaml").read_text()) or {})
-        except FileNotFoundError:
-            return {}
+        file = self.path / "config.yaml"
+        return flatten(read_yaml(file)) if file.exists() else {}
 
     @property
     def store(self) -> Path:

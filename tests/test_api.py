@@ -1,0 +1,145 @@
+"""`run` from Python: what it returns, what it leaves, what it does again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import LOG, SETTINGS, write_log
+
+import ipd_ray.report
+from ipd_ray import Policy, RunConfig, run
+from ipd_ray.artifacts import Artifact, read_jsonl
+from ipd_ray.config import load
+from ipd_ray.errors import UserError
+
+
+class Heard:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.ended: dict[str, bool] = {}
+        self.closed = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        assert 0 < done <= total
+
+    def end(self, step: str, seconds: float, reused: bool) -> None:
+        self.ended[step] = reused
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def settings(*more: str) -> RunConfig:
+    return load(overrides=[*SETTINGS, *more])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the log and one finished run, `runs/first`."""
+    root = tmp_path_factory.mktemp("api")
+    write_log(root / "minari")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root / "minari"))
+        run(LOG, settings("runtime.wandb=offline", "runtime.tensorboard=true"), run_dir=root / "runs" / "first")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _minari(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
+
+
+def test_a_run_leaves_a_whole_folder(place: Path) -> None:
+    folder = place / "runs" / "first"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"return_mean", "return_max"} <= summary["data"].keys()
+    assert {"return_mean", "return_std", "normalised", "episodes"} <= summary["policy"].keys()
+    assert {"accepted", "accept_rate"} <= summary["imagined"].keys()
+    assert list(summary["seconds"]) == ["values", "world_model", "imagine", "distill", "evaluate"]
+    assert summary["seed"] == 0 and len(summary["key"]) == 64
+    identity = json.loads((folder / "run.json").read_text())
+    assert identity["dataset"] == LOG and identity["store"] == str(place / "runs" / "store")
+    for link in json.loads((folder / "links.json").read_text()).values():
+        assert Artifact(Path(link["path"])).described["key"] == link["key"]
+    assert load(path=folder / "config.yaml") == settings("runtime.wandb=offline", "runtime.tensorboard=true")
+    assert "imagine: done" in (folder / "run.log").read_text()
+    assert not (folder / "lease.json").exists()
+
+
+def test_curves_of_all_parts_are_merged_whoever_logs_them(place: Path) -> None:
+    folder = place / "runs" / "first"
+    rows = read_jsonl(folder / "metrics.jsonl")
+    parts = Counter(row["part"] for row in rows)
+    assert parts["values"] == 20 and parts["imagine"] == 3 and parts["distill"] == 20
+    assert [row["step"] for row in rows if row["part"] == "distill"] == list(range(2, 41, 2))
+    assert list(folder.glob("wandb/offline-run-*")) and list(folder.glob("tensorboard/events.*"))
+
+
+def test_the_policy_acts_without_the_store(place: Path) -> None:
+    policy = Policy.load(place / "runs" / "first")
+    action = policy.act(np.zeros((3, 3), np.float32))
+    assert action.shape == (3, 1) and action.dtype == np.float32 and (np.abs(action) <= 2.0).all()
+
+
+def test_a_second_run_reuses_everything_and_doubles_nothing(place: Path) -> None:
+    folder, heard = place / "runs" / "first", Heard()
+    before = {name: (folder / name).read_text() for name in ("metrics.jsonl", "links.json", "summary.json")}
+    run(LOG, settings(), run_dir=folder, listeners=[heard])
+    assert set(heard.ended.values()) == {True} and heard.closed == 1
+    assert {name: (folder / name).read_text() for name in before} == before
+
+
+def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> None:
+    heard = Heard()
+    run(LOG, settings("distill.eta=0.1"), run_dir=place / "runs" / "second", listeners=[heard])
+    assert heard.ended == {
+        "values": True, "world_model": True, "imagine": True, "distill": False, "evaluate": False,
+    }
+
+
+def test_a_run_may_end_early_and_go_on_later(place: Path) -> None:
+    folder = place / "runs" / "part"
+    summary = run(LOG, settings("seed=5"), run_dir=folder, until="values")
+    assert list(summary["seconds"]) == ["values"] and "policy" not in summary
+    assert not (folder / "policy").exists()
+    assert [row["step"] for row in summary_states(place, folder)] == [
+        "values", "world_model", "imagine", "distill", "evaluate"
+    ]
+
+
+def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
+    from ipd_ray.api import plan
+
+    planned = plan(LOG, settings("seed=5"), run_dir=folder)
+    states = [row["state"] for row in planned["steps"]]
+    assert states == ["reused", "to do", "to do", "to do", "to do"]
+    assert planned["total"]["seconds"] > 0 and planned["total"]["disk"] > 0
+    assert planned["steps"][0]["seconds"] == 0
+    return planned["steps"]
+
+
+def test_a_report_that_fails_loses_no_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Path:
+        raise ZeroDivisionError("no axis")
+
+    heard = Heard()
+    monkeypatch.setattr(ipd_ray.report, "build_report", fail)
+    summary = run(LOG, settings(), run_dir=place / "runs" / "first", listeners=[heard])
+    assert "policy" in summary and any("no axis" in note and "ipd-ray report" in note for note in heard.notes)
+
+
+def test_listeners_are_closed_where_a_run_is_refused(place: Path) -> None:
+    heard = Heard()
+    with pytest.raises(UserError, match="one of values, world_model"):
+        run(LOG, settings(), until="planing", listeners=[heard])
+    assert heard.closed == 1
