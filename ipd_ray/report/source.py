@@ -1,0 +1,227 @@
+"""What a report is made from: a run folder and its artifacts, any of which may be missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ipd_ray.artifacts import Artifact, read_jsonl
+from ipd_ray.config import RunConfig, load
+from ipd_ray.data.columns import read_columns
+from ipd_ray.data.shards import Segments, concatenate, read_entry, read_shard
+from ipd_ray.data.transitions import Log, prepare
+from ipd_ray.errors import UserError
+from ipd_ray.runs import CURVES, RunFolder
+
+VARIANTS = {"policy": "policy", "bc": "BC", "no_imagination": "no imagination"}
+"""Names in summary.json, and what a reader sees."""
+_MOST_SEGMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class View:
+    """One run, read as far as it is there."""
+
+    run: RunFolder
+    label: str
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return self.run.identity
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """{dotted name: value}; without where the store lies, which is nobody else's business."""
+        return {name: value for name, value in self.run.config.items() if name != "runtime.store"}
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        return self.run.summary
+
+    @cached_property
+    def links(self) -> dict[str, dict[str, str]]:
+        return self.run.links
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, Any] | str]:
+        parts: dict[str, dict[str, Any] | str] = {}
+        for name, link in self.links.items():
+            artifact = Artifact(Path(link["path"]))
+            try:
+                parts[name] = artifact.described
+            except FileNotFoundError:
+                skipped = name.startswith("evaluate") and bool(self.summary)
+                parts[name] = (
+                    "skipped, since no environment was to be had (run.log says why), or pruned from the store"
+                    if skipped
+                    else "not made yet, or pruned from the store: run again with the same settings to have it made"
+                )
+            except (UserError, OSError, ValueError):
+                parts[name] = (
+                    "of another version of ipd_ray, or damaged: run again with the same settings to have it made"
+                )
+        return parts
+
+    def part(self, name: str) -> dict[str, Any] | None:
+        """Content of a part's artifact.json, or None where it is missing."""
+        found = self._parts.get(name)
+        return found if isinstance(found, dict) else None
+
+    def diagnostics(self, name: str) -> dict[str, Any]:
+        """Diagnostics of a part; empty where it is missing."""
+        return dict((self.part(name) or {}).get("diagnostics", {}))
+
+    def why_missing(self, name: str) -> str:
+        """Say why a part is not there."""
+        found = self._parts.get(name)
+        return (
+            found
+            if isinstance(found, str)
+            else "not part of this run: it ended before that step, or was told to skip it"
+        )
+
+    @cached_property
+    def imagined(self) -> dict[str, Any]:
+        """What the policy's distillation said of the imagined segments; empty where nothing was imagined."""
+        return dict(self.diagnostics("distill").get("imagined") or {})
+
+    @cached_property
+    def config(self) -> RunConfig | None:
+        """The validated config, or None where this version cannot read it."""
+        try:
+            return load(path=self.run.path / "config.yaml")
+        except UserError:
+            return None
+
+    @cached_property
+    def log(self) -> Log | None:
+        """The converted log, or None where the store has it no longer."""
+        if self.config is None:
+            return None
+        found = read_columns(self.run.store / "data" / f"{self.identity['content_hash'][:24]}.safetensors")
+        return prepare(found[0], self.config.data, int(self.identity["seed"])) if found else None
+
+    @cached_property
+    def reward_scale(self) -> float | None:
+        """Units of V a unit of raw return, or None where it is not known."""
+        if self.log is not None:
+            return self.log.reward_scale
+        described = self.part("distill")
+        return float(described["reward_scale"]) if described and "reward_scale" in described else None
+
+    def raw(self, value: Any) -> Any:
+        """Values in units of V as raw returns, where the scale is known."""
+        return value / (self.reward_scale or 1.0)
+
+    @property
+    def unit(self) -> str:
+        return "raw units" if self.reward_scale else "scaled units"
+
+    @cached_property
+    def curves(self) -> dict[str, list[dict[str, Any]]]:
+        """Learning curves by part: the run's own copy, else the artifact's."""
+        curves: dict[str, list[dict[str, Any]]] = {}
+        for row in read_jsonl(self.run.path / CURVES):
+            curves.setdefault(str(row.get("part", "")), []).append(row)
+        for name, link in self.links.items():
+            if name not in curves and self.part(name) is not None:
+                folder = Path(link["path"])
+                curves[name] = (
+                    _shard_curve(folder, self.diagnostics(name)) if name == "imagine" else Artifact(folder).curve()
+                )
+        return {name: sorted(rows, key=lambda r: r["step"]) for name, rows in curves.items() if rows}
+
+    def returns(self, variant: str) -> NDArray[np.float64] | None:
+        """Raw returns of the evaluation episodes of a policy, by its name in summary.json."""
+        name = "evaluate" if variant == "policy" else f"evaluate:{variant}"
+        values = self.diagnostics(name).get("returns")
+        return np.asarray(values, np.float64) if values else None
+
+    @cached_property
+    def segments(self) -> Segments | None:
+        """Imagined segments, of evenly spaced shards where there are very many; None where they are missing."""
+        described = self.part("imagine")
+        if described is None:
+            return None
+        folder = Path(self.links["imagine"]["path"])
+        shards = int(described["diagnostics"].get("shards", 0))
+        there = [i for i in range(shards) if read_entry(folder, i)]
+        total = max(1, int(described["diagnostics"].get("segments", 0)))
+        wanted = min(len(there), max(1, len(there) * _MOST_SEGMENTS // total))
+        chosen = [there[i] for i in np.linspace(0, len(there) - 1, wanted).astype(int)] if there else []
+        try:
+            return concatenate([read_shard(folder, i, verify=False) for i in chosen]) if chosen else None
+        except (OSError, KeyError, ValueError):
+            return None
+
+    @cached_property
+    def judged(self) -> Any:
+        """The verdict on `segments`, as distillation took it; None where something for it is missing."""
+        from ipd_ray.imagine.accept import accept, step_ranges
+
+        threshold, spread = self.imagined.get("kappa"), self.diagnostics("values").get("v_std")
+        if self.segments is None or self.log is None or self.config is None or threshold is None or spread is None:
+            return None
+        return accept(
+            self.segments,
+            self.config.accept,
+            threshold=float(threshold),
+            discount=self.log.discount,
+            value_std=float(spread),
+            ranges=step_ranges(self.log),
+        )
+
+
+def _shard_curve(folder: Path, diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    entries = [read_entry(folder, shard) for shard in range(int(diagnostics.get("shards", 0)))]
+    return [{"step": i + 1, "reward_gain": entry["reward_gain"]} for i, entry in enumerate(entries) if entry]
+
+
+def open_views(folders: Sequence[Path]) -> list[View]:
+    """Return the runs, each under a name of its own. Raises UserError for a folder that is no run."""
+    paths = [Path(folder).absolute() for folder in folders]
+    if not paths:
+        raise UserError("a report needs a run folder: `ipd-ray runs ls` lists the runs.")
+    plain = [path.name for path in paths]
+    names = [f"{path.parent.name}/{path.name}" if plain.count(path.name) > 1 else path.name for path in paths]
+    views = [View(RunFolder(path), name) for path, name in zip(paths, names, strict=True)]
+    for view in views:
+        _ = view.identity  # refuses what is no run
+    return views
+
+
+def number(found: Mapping[str, Any], name: str) -> float | None:
+    """A finite number of a mapping, or None."""
+    value = found.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        return None
+    return float(value)
+
+
+def readable(value: float | None) -> str:
+    """A number to read: about four digits, thousands apart, a true minus; a dash where there is none."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    if float(value).is_integer() or abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    return text.replace("-", "−", 1) if text.startswith("-") else text
+
+
+def fingerprint_of(views: Sequence[View]) -> str:
+    """Text that is equal where a report of these runs would be."""
+    return json.dumps(
+        [
+            [v.label, v.identity, v.settings, v.links, v.summary, {n: v.part(n) is not None for n in v.links}]
+            for v in views
+        ],
+        sort_keys=True,
+    )
