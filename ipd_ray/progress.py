@@ -48,28 +48,22 @@ class Listeners:
 
 
 class CurveTail:
-    """Reads what a worker appends to its `metrics.jsonl`; begins anew where a resume cut the file back."""
+    """Reads what a worker appends to its `metrics.jsonl`, which a resume cuts back: always from its beginning."""
 
     def __init__(self, step: str, workspace: Path, listener: Listener):
         self._step, self._file, self._listener = step, workspace / "metrics.jsonl", listener
         self._seen = -1
-        self._offset = 0
+        self._size = 0
 
     def __call__(self) -> None:
         try:
-            size = self._file.stat().st_size
+            text = self._file.read_bytes() if self._file.stat().st_size != self._size else b""
         except FileNotFoundError:
             return
-        if size < self._offset:
-            self._offset = 0
-        if size == self._offset:
+        if not text:
             return
-        with self._file.open("rb") as file:
-            file.seek(self._offset)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        self._size = len(text)
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
             row: dict[str, Any] = json.loads(line)
             step = int(row.pop("step"))
             if step > self._seen:
