@@ -25,6 +25,8 @@ from ipd_ray.data.export import episode_buffer, write_minari
 from ipd_ray.engine import TaskError
 from ipd_ray.errors import PartialError
 
+VECTOR, TORQUE = Box(-np.inf, np.inf, (2,), np.float32), Box(-1.0, 1.0, (1,), np.float32)
+
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,7 +43,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _write(
     root: Path, name: str, *, steps: int = 5, episodes: int = 3, observation: float = 0.0,
-    observation_space: Box = Box(-np.inf, np.inf, (2,), np.float32), action_space: Box | Discrete = Box(-1.0, 1.0, (1,)),
+    observation_space: Box = VECTOR, action_space: Box | Discrete = TORQUE,
 ) -> None:
     lead = np.zeros if isinstance(action_space, Discrete) else np.ones
     actions = lead((steps, *action_space.shape), action_space.dtype)
@@ -91,7 +93,7 @@ def refused(*words: str) -> str:
         (["world_model.termination=no_such_module:ends"], ["no_such_module", "PYTHONPATH"]),
         (["evaluate.environment=Pendulm-v1"], ["Pendulm-v1", "Pendulum-v1"]),
         (["evaluate.environment=CartPole-v1"], ["evaluate.environment=CartPole-v1", "Discrete(2)"]),
-        (["evaluate.environment=MountainCarContinuous-v0"], ["has", "2 entries", "the log's 3"]),
+        (["evaluate.environment=MountainCarContinuous-v0"], ["have 2 entries", "the log's 3"]),
     ],
 )
 def test_a_wrong_setting(words: list[str], parts: list[str]) -> None:
@@ -197,7 +199,8 @@ def _raise(error: Exception) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    ("number", "part"), [(errno.ENOSPC, "no space is left"), (errno.EACCES, "no permission"), (errno.EROFS, "no permission")]
+    ("number", "part"),
+    [(errno.ENOSPC, "no space is left"), (errno.EACCES, "no permission"), (errno.EROFS, "no permission")],
 )
 def test_a_disk_that_fails_on_the_way(monkeypatch: pytest.MonkeyPatch, number: int, part: str) -> None:
     monkeypatch.setattr(ipd_ray.api, "run_until", _raise(OSError(number, "as the kernel says it", "store/values")))
@@ -208,9 +211,9 @@ def test_a_disk_that_fails_on_the_way(monkeypatch: pytest.MonkeyPatch, number: i
 @pytest.mark.parametrize(
     ("error", "code", "last"),
     [
-        (TaskError("distill failed:\nTraceback\n  File x\nOSError: [Errno 28] No space left on device"), 2, "it goes on."),
-        (TaskError("values failed:\nTraceback\nipd_ray.errors.UserError: values.x=1 must be 2."), 2, "values.x=1 must be 2."),
-        (TaskError("values failed:\nTraceback\nFloatingPointError: q_loss not finite"), 1, "error: q_loss not finite"),
+        (TaskError("distill failed:\nTraceback\nOSError: [Errno 28] No space left on device"), 2, "it goes on."),
+        (TaskError("values failed:\nTraceback\nipd_ray.errors.UserError: x=1 must be 2."), 2, "error: x=1 must be 2."),
+        (TaskError("values failed:\nTraceback\nFloatingPointError: q not finite"), 1, "error: q not finite"),
         (PartialError("imagine: 1 of 3 shards failed"), 3, "incomplete: imagine: 1 of 3 shards failed"),
         (KeyError("a bug"), 1, "KeyError: 'a bug'"),
     ],

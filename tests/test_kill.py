@@ -1,0 +1,100 @@
+"""A run killed with SIGKILL in each step, and started again, ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_runs import LOG, SETTINGS, ipd_ray, write_log
+
+from ipd_ray.artifacts import Artifact, read_jsonl
+
+SLOW = [  # enough of every step to be killed in its middle
+    *SETTINGS, "values.updates=600", "world_model.max_updates=300", "select.starts=60", "imagine.shard_size=2",
+    "distill.updates=400", "evaluate.max_steps=200", "evaluate.episodes=6", "runtime.checkpoint_seconds=0.1",
+]
+
+
+def _started(store: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: any(store.glob(pattern))
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    links = json.loads((folder / "links.json").read_text())
+    return {part: Artifact(Path(link["path"])).digest for part, link in links.items()}
+
+
+def _curves(folder: Path) -> list[tuple[str, int, object]]:
+    """Learning curves without rates, which are the machine's."""
+    shown = ("q_loss", "nll", "reward_gain", "imitation")
+    rows = read_jsonl(folder / "metrics.jsonl")
+    return [(r["part"], r["step"], [r[name] for name in shown if name in r]) for r in rows]
+
+
+def _finish(place: Path, run: str) -> Path:
+    process = ipd_ray("run", LOG, *SLOW, "--run-dir", f"{run}/mine", cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return place / run / "mine"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kill")
+    write_log(root / "minari", episodes=12)
+    return root
+
+
+def test_a_run_killed_in_each_step_ends_as_an_undisturbed_one(place: Path) -> None:
+    store = place / "killed" / "store"
+    moments = {  # the world model is trained beside the values
+        "values": _started(store, "values/*.partial/checkpoint.safetensors"),
+        "imagine": _started(store, "imagine/*.partial/shard-*.json"),
+        "distill": _started(store, "distill/*.partial/checkpoint.safetensors"),
+        "evaluate": _started(store, "evaluate/*.partial/lease.json"),
+    }
+    killed_in = []
+    for step, begun in moments.items():
+        process = ipd_ray("run", LOG, *SLOW, "--run-dir", "killed/mine", cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+        while process.poll() is None and not begun():
+            time.sleep(0.005)
+        assert process.poll() is None, f"{step}: over before it could be killed: {process.communicate()[1]}"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if not any(p for p in store.glob(f"{step}/*/artifact.json") if not p.parent.name.endswith(".partial")):
+            killed_in.append(step)
+    assert len(killed_in) >= 3, killed_in  # the shortest may have slipped through
+    killed, undisturbed = _finish(place, "killed"), _finish(place, "undisturbed")
+    assert _digests(killed) == _digests(undisturbed)
+    assert _curves(killed) == _curves(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
+    place: Path, number: signal.Signals, code: int
+) -> None:
+    run = f"interrupted-{code}"
+    more = ["values.updates=1000000", "runtime.checkpoint_seconds=0.1", "--run-dir", f"{run}/mine"]
+    process = ipd_ray("run", LOG, *SETTINGS, *more, cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+    while not any((place / run / "store").glob("values/*.partial/checkpoint.safetensors")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(workers) >= 2
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal sends Ctrl-C to all of them
+    else:
+        process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "the same command goes on" in said and "values.updates=1000000" in said and "Traceback" not in said
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+    assert not (place / run / "mine" / "lease.json").exists()
