@@ -17,7 +17,8 @@ SETTINGS = [
     "world_model.members=3", "world_model.elites=2", "world_model.width=16", "world_model.layers=2",
     "world_model.max_updates=60", "world_model.eval_every=30", "world_model.batch_size=32",
     "select.starts=24", "select.episode_cap=0.5", "planner.candidates=8", "planner.horizon=2",
-    "imagine.length=4", "imagine.shard_size=8", "accept.survival=0.99", "accept.min_length=1", "accept.margin=0.0",
+    "imagine.length=4", "imagine.shard_size=8",
+    "accept.threshold=1000.0", "accept.range_margin=2.0", "accept.min_length=1", "accept.margin=0.0",
     "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.context=4", "policy.max_timestep=200",
     "distill.updates=40", "distill.batch_size=16", "distill.warmup=5",
     "evaluate.episodes=2", "evaluate.max_steps=30", "runtime.train_threads=1",
@@ -25,7 +26,7 @@ SETTINGS = [
 
 
 def write_log(root: Path, name: str = LOG, episodes: int = 8, steps: int = 40, seed: int = 0) -> str:
-    """Write a Minari dataset of random torques on Pendulum-v1."""
+    """Write a Minari dataset of random torques on Pendulum-v1, rewards over 0: V rises along segments."""
     env = gymnasium.make("Pendulum-v1")
     rng = np.random.default_rng(seed)
     logged = []
@@ -36,7 +37,7 @@ def write_log(root: Path, name: str = LOG, episodes: int = 8, steps: int = 40, s
         for action in actions:
             observation, reward, *_ = env.step(action)
             observations.append(observation)
-            rewards.append(float(reward))
+            rewards.append(float(reward) + 17.0)
         logged.append(episode_buffer(np.stack(observations), actions, np.array(rewards), terminated=False))
     write_minari(
         name, logged, observation_space=env.observation_space, action_space=env.action_space, description="random",

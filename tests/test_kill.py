@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,12 @@ def _curves(folder: Path) -> list[tuple[str, int, object]]:
     return [(r["part"], r["step"], [r[name] for name in shown if name in r]) for r in rows]
 
 
+def _start(place: Path, *words: str) -> subprocess.Popen[str]:
+    return ipd_ray("run", LOG, *words, cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+
+
 def _finish(place: Path, run: str) -> Path:
-    process = ipd_ray("run", LOG, *SLOW, "--run-dir", f"{run}/mine", cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+    process = _start(place, *SLOW, "--run-dir", f"{run}/mine")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     return place / run / "mine"
@@ -60,7 +65,7 @@ def test_a_run_killed_in_each_step_ends_as_an_undisturbed_one(place: Path) -> No
     }
     killed_in = []
     for step, begun in moments.items():
-        process = ipd_ray("run", LOG, *SLOW, "--run-dir", "killed/mine", cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+        process = _start(place, *SLOW, "--run-dir", "killed/mine")
         while process.poll() is None and not begun():
             time.sleep(0.005)
         assert process.poll() is None, f"{step}: over before it could be killed: {process.communicate()[1]}"
@@ -80,7 +85,7 @@ def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
 ) -> None:
     run = f"interrupted-{code}"
     more = ["values.updates=1000000", "runtime.checkpoint_seconds=0.1", "--run-dir", f"{run}/mine"]
-    process = ipd_ray("run", LOG, *SETTINGS, *more, cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
+    process = _start(place, *SETTINGS, *more)
     while not any((place / run / "store").glob("values/*.partial/checkpoint.safetensors")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
