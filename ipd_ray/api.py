@@ -87,10 +87,11 @@ def plan(
     _check_before_loading(config, folder, store, until)
     cache = store / "cache" if store.exists() else None
     context = _prepared(dataset, config, folder, store, until, Listeners(), cache=cache)
-    rows = estimate(context, until)
+    workers = processes(config, context.device)
+    rows = estimate(context, until, workers)
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
-        "total": total(context, rows, processes(config, context.device)),
+        "total": total(context, rows, workers),
         "remarks": remarks(config, context.transitions),
     }
 

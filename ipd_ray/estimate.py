@@ -2,9 +2,10 @@
 
 Time: floating-point operations of a step, counted from the config and the log's sizes, over the rate of this machine's
 matrix product at the step's own sizes, measured in 0.3 s, and over a share for what is no matrix product (EFFICIENCY);
-then small operations an update at the measured cost of one (OPERATIONS). Both were fitted on two CPU cores
-against the presets demo and gym-small on Pendulum and Hopper. What the machine does beside is in the measured rates, as
-it is at this moment. How long an evaluated episode lasts is not known: the log's longest is assumed.
+then small operations an update at the measured cost of one (OPERATIONS). Both were fitted on two busy CPU cores
+against the presets demo and gym-small on Pendulum and Hopper; distillation least well, it suffers most from a busy
+machine. What the machine does beside is in the measured rates, as it is at this moment. How long an evaluated episode
+lasts is not known: the log's longest is assumed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
-EFFICIENCY = {"values": 0.5, "world_model": 0.45, "imagine": 0.48, "distill": 0.45}
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
 OPERATIONS = {"values": 700, "world_model": 200, "distill": 1200}
 """Small operations an update."""
@@ -68,15 +69,19 @@ class Speed:
     """Seconds of a small operation."""
 
 
-def estimate(context: Context, until: str = "evaluate") -> list[dict[str, Any]]:
-    """Return a row a part: step, key, state, and what is still to come in seconds, bytes of memory and of disk."""
+def estimate(context: Context, until: str, processes: int) -> list[dict[str, Any]]:
+    """Return a row a part: step, key, state, and what is still to come in seconds, bytes of memory and of disk.
+
+    Memory is a worker's; imagination has `processes` of them.
+    """
     config, sizes, speed = context.config, Sizes.of(context), measure(context.device)
     parts = {part.name: part for part in context.parts.until(until)}
     rows = []
     for row in state_of(context, until):
         part = parts[row["step"]]
         left = 0.0 if row["state"] == "reused" else 1.0 - _done(context, part)
-        seconds = _seconds(part, config, sizes, speed) * left + (STARTUP_SECONDS if left else 0.0)
+        workers = processes if part.step == "imagine" else 1
+        seconds = _seconds(part, config, sizes, speed) * left / workers + (STARTUP_SECONDS if left else 0.0)
         rows.append({
             "step": row["step"], "key": row["key"], "state": row["state"], "seconds": round(seconds, 1),
             "memory": round(_memory(part.step, config, sizes)) if left else 0,
@@ -90,8 +95,8 @@ def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[
     seconds = {row["step"]: row["seconds"] for row in rows}
     memory = {row["step"]: row["memory"] for row in rows}
     first = [seconds.get("values", 0.0), seconds.get("world_model", 0.0)]
-    rest = sum(s for name, s in seconds.items() if name not in ("values", "world_model", "imagine"))
-    time_ = (max(first) if processes > 1 else sum(first)) + seconds.get("imagine", 0.0) / processes + rest
+    rest = sum(s for name, s in seconds.items() if name not in ("values", "world_model"))
+    time_ = (max(first) if processes > 1 else sum(first)) + rest
     side = memory.get("values", 0) + memory.get("world_model", 0)
     peak = max([side, memory.get("imagine", 0) * processes, *memory.values()], default=0)
     sizes = Sizes.of(context)
