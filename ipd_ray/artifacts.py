@@ -1,8 +1,8 @@
 """What a step leaves behind, and the store that finds it again by key.
 
 An artifact is a folder `<store>/<step>/<key>/` with `artifact.json` (schema, key, digest, diagnostics), tensors as
-safetensors and the learning curve as `metrics.jsonl`. While it is being made the folder is called `<key>.partial` and is
-owned through a lease; one rename makes it an artifact. No format here is a pickle.
+safetensors and the learning curve as `metrics.jsonl`. While it is being made the folder is called `<key>.partial` and
+is owned through a lease; one rename makes it an artifact. No format here is a pickle.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ CHECKPOINT = "checkpoint.safetensors"
 def make_key(step: str, version: int, *, seed: int, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
     """Return the SHA-256 that decides whether a step's result can be reused.
 
-    step, version: the step and its algorithm's version. sections: its config sections (pydantic models or plain values).
+    step, version: the step and its algorithm's version. sections: its config sections (models or plain values).
     upstream: keys or content hashes of all that it reads, by name.
     """
     plain = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}
@@ -192,13 +192,17 @@ def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         if value.is_floating_point():
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise FloatingPointError(f"{what}: {bad} of {value.numel()} values of {name} are not finite; nothing saved.")
+                raise FloatingPointError(
+                    f"{what}: {bad} of {value.numel()} values of {name} are not finite; nothing saved."
+                )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as named tensors."""
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{name}": torch.as_tensor(value) for i, item in state.items() for name, value in item.items()}
+    return {
+        f"optimizer.{i}.{name}": torch.as_tensor(value) for i, item in state.items() for name, value in item.items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -257,7 +261,9 @@ class Artifact:
         try:
             tensors, _ = load_tensors(self.path / "tensors.safetensors", device)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: tensors.safetensors cannot be read ({error}): remove the folder and run again.") from error
+            raise UserError(
+                f"{self.path}: tensors.safetensors cannot be read ({error}): remove the folder and run again."
+            ) from error
         if verify and tensor_digest(tensors) != self.digest:
             raise UserError(f"{self.path}: the tensors do not match their digest: remove the folder and run again.")
         return tensors
@@ -286,8 +292,7 @@ class Lease:
         """Take the lease; return None, or who holds it."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self._file.open("x") as file:
-                file.write(self._content())
+            self._create()
         except FileExistsError:
             owner = self._read()
             if owner is not None and not self._free(owner):
@@ -310,10 +315,24 @@ class Lease:
         if owner and owner["token"] == self._token:
             self._file.unlink(missing_ok=True)
 
+    def _create(self) -> None:
+        """Make the file, whole at once. Raises FileExistsError."""
+        temporary = self._file.with_name(f".lease.{self._token}")
+        try:
+            temporary.write_text(self._content())
+            os.link(temporary, self._file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def _content(self) -> str:
         return json.dumps(
-            {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), "token": self._token,
-             "time": time.time()}
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "born": _born(os.getpid()),
+                "token": self._token,
+                "time": time.time(),
+            }
         )
 
     def _read(self) -> dict[str, Any] | None:
@@ -392,6 +411,8 @@ class Store:
                     if owner is None:
                         if self.find(step, key) is not None:
                             lease.release()
+                            with suppress(OSError):  # what asking for the lease made
+                                self.partial(step, key).rmdir()
                             break
                         stack.callback(lease.release)
                         folders[step] = self.partial(step, key)
@@ -407,8 +428,13 @@ class Store:
         partial, folder = self.partial(step, key), self._folder(step, key)
         described = json.loads((partial / "artifact.json").read_text())
         content = {
-            "schema": SCHEMA, "step": step, "version": version, "key": key, "parts": dict(parts),
-            "platform": numeric_platform(), **described,
+            "schema": SCHEMA,
+            "step": step,
+            "version": version,
+            "key": key,
+            "parts": dict(parts),
+            "platform": numeric_platform(),
+            **described,
         }
         write_atomic(partial / "artifact.json", json.dumps(content, indent=1))
         (partial / CHECKPOINT).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ in `ipd_ray/presets/` change what they name.
 from __future__ import annotations
 
 import importlib.resources
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ from pydantic import (
 
 from ipd_ray.errors import UserError, near_name
 
+_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
@@ -40,8 +43,8 @@ class DataConfig(Section):
     """Step 0, how the log is read."""
 
     reward_transform: Literal["auto", "range", "std", "none"] = "auto"
-    """Scale that rewards are multiplied by everywhere but in reported scores. range: 1000 / (best - worst episode return);
-    std: 1 / std(reward); auto: range, or std where all episodes return the same; none: 1. Never a shift."""
+    """Scale that rewards are multiplied by everywhere but in reported scores. range: 1000 / (best - worst episode
+    return); std: 1 / std(reward); auto: range, or std where all episodes return the same; none: 1. Never a shift."""
     discount: OpenFraction = 0.99
     """gamma, per step: of returns, values, the planner's score and acceptance."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
@@ -62,7 +65,8 @@ class ValuesConfig(Section):
     learning_rate: PositiveFloat = 3e-4
     """Adam's step size; the behaviour policy's falls to zero along a cosine."""
     expectile: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.7
-    """tau of V. 0.5 is the value of the behaviour; towards 1 it nears the best action in the data, and overestimates."""
+    """tau of V. 0.5 is the value of the behaviour; towards 1 it nears the best action in the data, and
+    overestimates."""
     prompt_expectile: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.9
     """Expectile of the return-to-go that the `outcome` prompt asks for at run time."""
     loss: Literal["square", "huber"] = "square"
@@ -216,11 +220,13 @@ class DistillConfig(Section):
     eta_warmup: Fraction = 0.2
     """Share of the updates over which eta rises from zero: a random policy asks Q where no data lies."""
     critic_scale: Literal["std", "mean_abs"] = "std"
-    """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not shift-invariant)."""
+    """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not
+    shift-invariant)."""
     imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Share of the imitated positions that are imagined."""
     reuse_cap: PositiveFloat = 10.0
-    """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where few passed."""
+    """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where
+    few passed."""
     data_temperature: NonNegativeFloat = 0.0
     """Real steps are imitated with weight min(exp(this * A / mean|A|), 20) / mean; 0 weighs all alike (the paper)."""
     prompt: Literal["value", "outcome", "fixed", "none"] = "value"
@@ -277,7 +283,7 @@ class RuntimeConfig(Section):
 class RunConfig(Section):
     """A whole run. `ipd-ray config` prints this with every bound."""
 
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of everything that is learned or sampled."""
     ablations: tuple[Literal["bc", "no_imagination"], ...] = ()
     """Also distilled and evaluated: bc (imitation alone, no prompt), no_imagination (the policy without D_aug)."""
@@ -307,7 +313,8 @@ class RunConfig(Section):
             )
         if self.runtime.engine == "local" and self.runtime.workers > 1:
             raise ValueError(
-                f"runtime.workers={self.runtime.workers} needs runtime.engine=ray: the local engine distils in one worker."
+                f"runtime.workers={self.runtime.workers} needs runtime.engine=ray: the local engine distils in one "
+                "worker."
             )
         return self
 
@@ -321,9 +328,11 @@ def preset_names() -> list[str]:
 def preset(name: str) -> dict[str, Any]:
     """Return what a preset changes, as a nested mapping. Raises UserError for an unknown name."""
     if name not in preset_names():
-        raise UserError(f"--preset {name!r} must be one of {', '.join(preset_names())}.{near_name(name, preset_names())}")
+        raise UserError(
+            f"--preset {name!r} must be one of {', '.join(preset_names())}.{near_name(name, preset_names())}"
+        )
     text = (importlib.resources.files("ipd_ray") / "presets" / f"{name}.yaml").read_text()
-    return yaml.safe_load(text) or {}
+    return from_yaml(text) or {}
 
 
 def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
@@ -335,12 +344,37 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
             yield prefix + name
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: off and no are text, 3e-4 is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"^[-+]?(?:\.\d+|\d+(?:\.\d*)?)(?:[eE][-+]?\d+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
+def from_yaml(text: str) -> Any:
+    """Return what a YAML text holds, scalars read as YAML 1.2 does."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted name: value} of a nested mapping of sections."""
+    """Return {dotted name: value} of a nested mapping of sections; a section without any field changes nothing."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
+        if not isinstance(name, str):
+            raise UserError(f"{prefix}{name!r} is {type(name).__name__}, but fields are named by text.")
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{name}."))
+        elif value is None and any(known.startswith(f"{prefix}{name}.") for known in field_names()):
+            continue
         else:
             flat[prefix + name] = value
     return flat
@@ -354,21 +388,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not sep:
             raise UserError(f"{word!r} is not an override: write it as section.field=value, such as planner.horizon=8.")
         try:
-            flat[name] = yaml.safe_load(text) if text else None
+            flat[name] = from_yaml(text) if text else None
         except yaml.YAMLError as error:
             raise UserError(f"{name}={text!r} is not a YAML value: {str(error).splitlines()[0]}.") from error
-        if isinstance(flat[name], str):  # YAML 1.1 reads 3e-4 as text
-            try:
-                flat[name] = float(flat[name])
-            except ValueError:
-                pass
     return flat
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return a config file's content as a nested mapping. Raises UserError where it cannot be read as one."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = from_yaml(path.read_text())
     except FileNotFoundError:
         raise UserError(f"--config {path} does not exist: `ipd-ray config > {path}` writes one to edit.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -395,8 +424,11 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
                 raise UserError(
                     f"{name!r} is no field of the config.{near_name(name, valid)} "
                     f"`ipd-ray config` lists all of them"
-                    + (f"; {section} is a section, its fields are named {section}.<field>." if "." not in name and
-                       any(v.startswith(section + ".") for v in valid) else ".")
+                    + (
+                        f"; {section} is a section, its fields are named {section}.<field>."
+                        if "." not in name and any(v.startswith(section + ".") for v in valid)
+                        else "."
+                    )
                 )
             merged[name] = value
     nested: dict[str, Any] = {}
@@ -412,9 +444,7 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
         raise UserError("\n".join(_explain(e, merged) for e in error.errors())) from None
 
 
-def load(
-    preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()
-) -> RunConfig:
+def load(preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config of a preset, a file over it, and dotted overrides over both."""
     return build(
         flatten(preset(preset_name)) if preset_name else {},
@@ -445,7 +475,9 @@ def as_yaml(config: RunConfig) -> str:
             for text in (info.description or "").splitlines():
                 lines.append(f"{indent}# {text.strip()}")
             plain = section.model_dump(mode="json")[name]
-            dumped = f"{name}: " + yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            dumped = (
+                f"{name}: " + yaml.safe_dump(plain, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            )
             bounds = _bounds(info.annotation, info.metadata)
             lines.append(f"{indent}{dumped}" + (f"  # {bounds}" if bounds else ""))
 
@@ -464,7 +496,9 @@ def _bounds(annotation: Any, metadata: Sequence[Any]) -> str:
             bound = getattr(item, attribute, None)
             if bound is not None:
                 parts.append(f"{sign} {bound:g}")
-        parts.extend(_bounds(None, getattr(item, "metadata", ())).split(", ") if getattr(item, "metadata", None) else [])
+        parts.extend(
+            _bounds(None, getattr(item, "metadata", ())).split(", ") if getattr(item, "metadata", None) else []
+        )
     choices = getattr(annotation, "__args__", ())
     if not parts and choices and all(isinstance(c, str) for c in choices):
         parts.append("one of " + " | ".join(choices))

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,12 +61,17 @@ ATTEMPTS = 3
 
 
 def drive(
-    tasks: Sequence[Task], workers: Workers, *, tick: Callable[[], None] | None = None,
+    tasks: Sequence[Task],
+    workers: Workers,
+    *,
+    tick: Callable[[], None] | None = None,
     done: Callable[[int, Any], None] | None = None,
+    retry_errors: bool = False,
 ) -> dict[int, str]:
     """Carry out all tasks, starting again what a dead worker lost; return {task: traceback} of those set aside.
 
-    A task is tried ATTEMPTS times. `done` is called with each result, `tick` at least twice a second.
+    A task is tried ATTEMPTS times, once only where it raises and `retry_errors` is not set. `done` is called with each
+    result, `tick` at least twice a second.
     """
     waiting = deque(range(len(tasks)))
     attempts = [0] * len(tasks)
@@ -84,7 +88,7 @@ def drive(
             if outcome.error is None and not outcome.lost:
                 if done:
                     done(outcome.task, outcome.result)
-            elif attempts[outcome.task] < ATTEMPTS:
+            elif attempts[outcome.task] < ATTEMPTS and (outcome.lost or retry_errors):
                 waiting.append(outcome.task)
             else:
                 failed[outcome.task] = outcome.error or f"{tasks[outcome.task].name}: its worker died {ATTEMPTS} times"
@@ -128,7 +132,7 @@ class LocalEngine:
     def map_shards(
         self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
     ) -> dict[int, str]:
-        return drive(tasks, self._pool, tick=tick, done=done)
+        return drive(tasks, self._pool, tick=tick, done=done, retry_errors=True)
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         self.run_steps([distill_task(job)], tick)
@@ -234,7 +238,7 @@ def _main_left_alone() -> Iterator[None]:
 def _serve(pipe: Connection) -> None:
     """A worker's life: tasks in, results or tracebacks out, until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     for task in _received(pipe):
         try:
             pipe.send((task.function(**task.arguments), None))  # raises for a result that cannot travel, too
@@ -243,10 +247,10 @@ def _serve(pipe: Connection) -> None:
                 pipe.send((None, traceback.format_exc()))
 
 
-def _die_with_parent(parent: int) -> None:
-    """End this process soon after its parent: two may never write one workspace."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
+def _die_with_parent() -> None:
+    """End this process with its parent: two may never write one workspace."""
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
     os._exit(1)
 
 
@@ -256,5 +260,3 @@ def _received(pipe: Connection) -> Iterator[Task]:
             yield pipe.recv()
         except (EOFError, OSError):
             return
-
-

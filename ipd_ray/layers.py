@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,12 +28,19 @@ class EnsembleMLP(nn.Module):
     """M perceptrons side by side; LayerNorm before each activation where asked for."""
 
     def __init__(
-        self, members: int, inputs: int, outputs: int, *, width: int, layers: int, activation: str = "relu",
+        self,
+        members: int,
+        inputs: int,
+        outputs: int,
+        *,
+        width: int,
+        layers: int,
+        activation: str = "relu",
         layer_norm: bool = False,
     ):
         super().__init__()
         sizes = [inputs] + [width] * layers
-        self.hidden = nn.ModuleList(EnsembleLinear(members, a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.hidden = nn.ModuleList(EnsembleLinear(members, a, b) for a, b in itertools.pairwise(sizes))
         self.out = EnsembleLinear(members, sizes[-1], outputs)
         self.norm_scale = nn.ParameterList()
         self.norm_shift = nn.ParameterList()
@@ -57,8 +66,6 @@ def count_parameters(module: nn.Module) -> int:
 
 def block_generator(seed: int, stream: int, block: int) -> torch.Generator:
     """Return a CPU generator that depends on identity alone, never on process state."""
-    mixed = torch.Generator()
-    # SplitMix-style odd multipliers keep (seed, stream, block) apart in the 64-bit seed.
-    value = (seed * 0x9E3779B97F4A7C15 + stream * 0xBF58476D1CE4E5B9 + block * 0x94D049BB133111EB + 1) % (1 << 63)
-    mixed.manual_seed(value)
-    return mixed
+    # Hashed to 32 bits: torch's CPU generator looks at no more of its seed.
+    state = np.random.SeedSequence([seed, stream, block]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))

@@ -70,7 +70,8 @@ def variants(config: RunConfig) -> dict[str, DistillConfig]:
     """What is distilled: the policy itself ("ipd"), and the ablations that were asked for."""
     plain = {"imagined_ratio": 0.0}
     changes: dict[str, dict[str, Any]] = {
-        "bc": {**plain, "eta": 0.0, "prompt": "none", "data_temperature": 0.0}, "no_imagination": plain,
+        "bc": {**plain, "eta": 0.0, "prompt": "none", "data_temperature": 0.0},
+        "no_imagination": plain,
     }
     out = {"ipd": config.distill}
     for name in config.ablations:
@@ -85,11 +86,18 @@ class Parts:
         c, data = config, {"data": content_hash}
         self.values = Part("values", "values", values_fit.VERSION, c.seed, {"data": c.data, "values": c.values}, data)
         self.world_model = Part(
-            "world_model", "world_model", world_model_fit.VERSION, c.seed,
-            {"data": c.data, "world_model": c.world_model}, data,
+            "world_model",
+            "world_model",
+            world_model_fit.VERSION,
+            c.seed,
+            {"data": c.data, "world_model": c.world_model},
+            data,
         )
         self.imagine = Part(
-            "imagine", "imagine", IMAGINE_VERSION, c.seed,
+            "imagine",
+            "imagine",
+            IMAGINE_VERSION,
+            c.seed,
             {"select": c.select, "planner": c.planner, "imagine": c.imagine},
             {"values": self.values.key, "world_model": self.world_model.key},
         )
@@ -100,11 +108,13 @@ class Parts:
             imagined = distill.imagined_ratio > 0
             sections = {"policy": c.policy, "distill": distill, **({"accept": c.accept} if imagined else {})}
             upstream = {"values": self.values.key, **({"imagine": self.imagine.key} if imagined else {})}
-            self.distill[variant] = Part(
-                f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream
-            )
+            self.distill[variant] = Part(f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream)
             self.evaluate[variant] = Part(
-                f"evaluate{suffix}", "evaluate", episodes.VERSION, c.evaluate.seed, {"evaluate": c.evaluate},
+                f"evaluate{suffix}",
+                "evaluate",
+                episodes.VERSION,
+                c.evaluate.seed,
+                {"evaluate": c.evaluate},
                 {"distill": self.distill[variant].key},
             )
 
@@ -158,7 +168,8 @@ class Context:
             folders: dict[str, Path] = {}
             for name, part in sorted(missing.items(), key=lambda item: (item[1].step, item[1].key)):
                 claim = self.store.claim({part.step: part.key}, waiting=self._waiting)
-                folders.update({name: folder for folder in stack.enter_context(claim).values()})
+                for folder in stack.enter_context(claim).values():
+                    folders[name] = folder
             if folders:
                 compute(folders)
             for name in folders:
@@ -169,7 +180,8 @@ class Context:
 
     def _waiting(self, step: str, owner: Mapping[str, Any]) -> None:
         self.listener.note(
-            f"{step}: another run (host {owner.get('host')}, process {owner.get('pid')}) is computing it; waiting for it"
+            f"{step}: another run (host {owner.get('host')}, process {owner.get('pid')}) is computing it; "
+            "waiting for it"
         )
 
 
@@ -202,7 +214,13 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
         tasks, tails = [], []
         for name, folder in folders.items():
             function, section = functions[name]
-            arguments = {"work": str(folder), "place": context.place(), "log": log, "config": section, "seed": config.seed}
+            arguments = {
+                "work": str(folder),
+                "place": context.place(),
+                "log": log,
+                "config": section,
+                "seed": config.seed,
+            }
             tasks.append(Task(name, function, arguments))
             tails.append(CurveTail(name, folder, context.listener))
         context.engine.run_steps(tasks, lambda: _call(tails))
@@ -220,8 +238,12 @@ def imagine(context: Context) -> None:
         folder = folders["imagine"]
         workspace = Workspace(folder)
         shared: dict[str, Any] = {
-            "work": str(folder), "place": context.place(), "log": context.log,
-            "values": context.path(context.parts.values), "imagine": config.imagine, "seed": config.seed,
+            "work": str(folder),
+            "place": context.place(),
+            "log": context.log,
+            "values": context.path(context.parts.values),
+            "imagine": config.imagine,
+            "seed": config.seed,
         }
         specs: list[ShardSpec] = run_select(**shared, select=config.select)
         missing = [s for s in specs if read_entry(folder, s.shard) is None]
@@ -237,7 +259,9 @@ def imagine(context: Context) -> None:
             finished += 1
             imagined = entry["steps"] * (finished - done) / max(workspace.seconds, 1e-9)
             context.listener.progress(
-                "imagine", finished, len(specs),
+                "imagine",
+                finished,
+                len(specs),
                 {"imagined_steps_per_second": imagined, "reward_gain": entry["reward_gain"]},
             )
 
@@ -245,8 +269,8 @@ def imagine(context: Context) -> None:
         if failed:
             lines = [f"shard {missing[i].shard}:\n{text}" for i, text in failed.items()]
             raise PartialError(
-                f"imagine: {len(failed)} of {len(specs)} shards failed three times and were set aside; the others are kept "
-                f"in {folder} and a new run tries only these again:\n" + "\n".join(lines)
+                f"imagine: {len(failed)} of {len(specs)} shards failed three times and were set aside; the others are "
+                f"kept in {folder} and a new run tries only these again:\n" + "\n".join(lines)
             )
         finish_imagination(workspace, len(specs))
 
@@ -262,11 +286,16 @@ def distill(context: Context, variant: str = "ipd") -> None:
     def compute(folders: dict[str, Path]) -> None:
         folder = folders[variant]
         job = DistillJob(
-            work=str(folder), place=context.place(train_threads(config)), log=context.log,
+            work=str(folder),
+            place=context.place(train_threads(config)),
+            log=context.log,
             values=context.path(context.parts.values),
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
-            uncertainty=config.imagine.uncertainty, accept=config.accept, policy=config.policy, distill=section,
+            uncertainty=config.imagine.uncertainty,
+            accept=config.accept,
+            policy=config.policy,
+            distill=section,
             seed=config.seed,
         )
         context.engine.distill(job, CurveTail(part.name, folder, context.listener))
@@ -286,10 +315,14 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
     def compute(folders: dict[str, Path]) -> None:
         folder = folders[variant]
         arguments = {
-            "work": str(folder), "place": context.place(), "policy": context.path(context.parts.distill[variant]),
+            "work": str(folder),
+            "place": context.place(),
+            "policy": context.path(context.parts.distill[variant]),
             "config": config,
         }
-        context.engine.run_steps([Task(part.name, run_evaluate, arguments)], CurveTail(part.name, folder, context.listener))
+        context.engine.run_steps(
+            [Task(part.name, run_evaluate, arguments)], CurveTail(part.name, folder, context.listener)
+        )
 
     context.obtain({variant: part}, compute)
 
@@ -313,23 +346,39 @@ def summarise(context: Context) -> dict[str, Any]:
     found = {p.name: a for p in parts.until("evaluate") if (a := store.find(p.step, p.key))}
     returns = t.episode_return
     summary: dict[str, Any] = {
-        "dataset": t.spec.dataset, "seed": context.config.seed, "key": parts.distill["ipd"].key,
+        "dataset": t.spec.dataset,
+        "seed": context.config.seed,
+        "key": parts.distill["ipd"].key,
         "data": {
-            "return_mean": float(returns.mean()), "return_std": float(returns.std()), "return_max": float(returns.max()),
-            "normalised": t.spec.normalise(float(returns.mean())), "episodes": t.episodes, "steps": len(t),
+            "return_mean": float(returns.mean()),
+            "return_std": float(returns.std()),
+            "return_max": float(returns.max()),
+            "normalised": t.spec.normalise(float(returns.mean())),
+            "episodes": t.episodes,
+            "steps": len(t),
         },
         "seconds": {name: artifact.seconds for name, artifact in found.items()},
     }
     if distilled := found.get("distill"):
         imagined = distilled.diagnostics["imagined"]
-        keep = ("segments", "accepted", "accept_rate", "accepted_steps", "accept_rate_control", "accept_rate_flagged",
-                "imagined_mean", "own_mean", "kappa")
+        keep = (
+            "segments",
+            "accepted",
+            "accept_rate",
+            "accepted_steps",
+            "accept_rate_control",
+            "accept_rate_flagged",
+            "imagined_mean",
+            "own_mean",
+            "kappa",
+        )
         summary["imagined"] = {k: imagined[k] for k in keep if k in imagined}
     for variant, part in parts.evaluate.items():
         if part.name in found:
             scores = found[part.name].diagnostics
             summary["policy" if variant == "ipd" else variant] = {
-                k: scores[k] for k in ("return_mean", "return_std", "normalised", "episodes", "discounted_mean", "value_at_start")
+                k: scores[k]
+                for k in ("return_mean", "return_std", "normalised", "episodes", "discounted_mean", "value_at_start")
             }
     return summary
 

@@ -64,7 +64,10 @@ class CurveTail:
             return
         self._size = len(text)
         for line in text[: text.rfind(b"\n") + 1].splitlines():
-            row: dict[str, Any] = json.loads(line)
+            try:
+                row: dict[str, Any] = json.loads(line)
+            except ValueError:  # a resume wrote the file anew, and this began in the middle of a line
+                continue
             step = int(row.pop("step"))
             if step > self._seen:
                 self._seen = step

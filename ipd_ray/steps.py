@@ -5,7 +5,6 @@ Every function here takes picklable arguments and paths, and may run in any proc
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -124,20 +123,34 @@ def run_select(
 
 
 def run_shard(
-    work: str, place: Place, log: LogRef, values: str, world_model: str, planner: PlannerConfig, imagine: ImagineConfig,
-    seed: int, spec: ShardSpec,
+    work: str,
+    place: Place,
+    log: LogRef,
+    values: str,
+    world_model: str,
+    planner: PlannerConfig,
+    imagine: ImagineConfig,
+    seed: int,
+    spec: ShardSpec,
 ) -> dict[str, Any]:
     """Step 4: imagine one shard and write it; return its manifest entry."""
     workspace = place.workspace(work)
     segments = imagine_shard(
-        spec, log.load(), world_model_of(world_model, place.device), values_of(values, place.device), planner, imagine,
-        seed=seed, device=place.device,
+        spec,
+        log.load(),
+        world_model_of(world_model, place.device),
+        values_of(values, place.device),
+        planner,
+        imagine,
+        seed=seed,
+        device=place.device,
     )
     gain = segments.reward.sum(1) - segments.own_reward.sum(1)
     summary = {
         "steps": int(segments.action.shape[0] * segments.length),
         "uncertainty": {f"{q:g}": float(np.quantile(segments.uncertainty, q)) for q in (0.1, 0.5, 0.9)},
-        "reward_gain": float(gain.mean()), "terminated": int(segments.terminal.any(1).sum()),
+        "reward_gain": float(gain.mean()),
+        "terminated": int(segments.terminal.any(1).sum()),
     }
     write_shard(workspace.path, spec.shard, segments, summary)
     entry = read_entry(workspace.path, spec.shard)
@@ -153,7 +166,11 @@ def finish_imagination(workspace: Workspace, shards: int) -> None:
     if missing:
         raise FileNotFoundError(f"shards {missing} are missing in {workspace.path}")
     known = [e for e in entries if e is not None]
-    manifest = {"shards": shards, "segments": sum(e["segments"] for e in known), "steps": sum(e["steps"] for e in known)}
+    manifest = {
+        "shards": shards,
+        "segments": sum(e["segments"] for e in known),
+        "steps": sum(e["steps"] for e in known),
+    }
     write_atomic(workspace.path / "manifest.json", "\n".join(str(e["digest"]) for e in known))
     workspace.describe(manifest_digest([e["digest"] for e in known]), manifest)
 
@@ -194,12 +211,16 @@ class DistillJob:
             q = evaluate_in_chunks(lambda s, a: values.q(s, a).amin(0), t.observation, t.action, device=device)
             weight = advantage_weight(q - v, self.distill.data_temperature)
         material = Material(
-            log, segments, verdict.accepted, verdict.length, self._prompts(log, values, v, segments, verdict), weight,
-            values.q, uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
+            log,
+            segments,
+            verdict.accepted,
+            verdict.length,
+            self._prompts(log, values, v, segments, verdict),
+            weight,
+            values.q,
+            uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
         )
-        trainer = DistillTrainer(
-            material, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer
-        )
+        trainer = DistillTrainer(material, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer)
         return trainer, imagined
 
     def _imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
@@ -209,7 +230,11 @@ class DistillJob:
         threshold = self.threshold(log, segments.length)
         value_std = float(Artifact(Path(self.values)).diagnostics["v_std"])
         verdict = accept(
-            segments, self.accept, threshold=threshold, discount=log.discount, value_std=value_std,
+            segments,
+            self.accept,
+            threshold=threshold,
+            discount=log.discount,
+            value_std=value_std,
             ranges=step_ranges(log),
         )
         summary = summarise(segments, verdict, log)
@@ -224,11 +249,14 @@ class DistillJob:
         out = []
         for i in np.flatnonzero(verdict.accepted):
             cut = int(verdict.length[i])
-            out.append({
-                "observations": segments.observation[i, : cut + 1], "actions": segments.action[i, :cut],
-                "rewards": segments.reward[i, :cut] / np.float32(log.reward_scale),
-                "terminated": bool(segments.terminal[i, :cut].any()),
-            })
+            out.append(
+                {
+                    "observations": segments.observation[i, : cut + 1],
+                    "actions": segments.action[i, :cut],
+                    "rewards": segments.reward[i, :cut] / np.float32(log.reward_scale),
+                    "terminated": bool(segments.terminal[i, :cut].any()),
+                }
+            )
         return out
 
     def _holdout_uncertainty(self) -> np.ndarray:
@@ -242,13 +270,15 @@ class DistillJob:
         episode = log.transitions.episode[log.holdout_steps]
         return kappa(self._holdout_uncertainty(), episode, length=length, survival=self.accept.survival)
 
-    def _prompts(self, log: Log, values: ValueFunctions, v: np.ndarray, segments: Segments, verdict: Accepted) -> Prompts:
+    def _prompts(
+        self, log: Log, values: ValueFunctions, v: np.ndarray, segments: Segments, verdict: Accepted
+    ) -> Prompts:
         scheme = self.distill.prompt
         if scheme == "outcome":
             real = bootstrapped_returns(log, values.v, self.place.device)
             return Prompts(real, imagined_outcome(segments, verdict.length, log.discount))
         if scheme == "fixed":
-            return Prompts(raw_return_to_go(log), _raw_outcome(log, segments))
+            return Prompts(raw_return_to_go(log), _raw_outcome(log, segments, verdict.length))
         if scheme == "none":
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
@@ -264,8 +294,15 @@ class DistillJob:
         described = {k: values.described[k] for k in ("values", "observation_dim", "action_dim")}
         spec = {**t.spec.__dict__}
         workspace.finish(
-            tensors, {**trainer.diagnose(), "imagined": imagined}, spec=spec, reward_scale=log.reward_scale,
-            prompt=self.distill.prompt, discount=log.discount, policy=self.policy.model_dump(mode="json"), values=described, target_return=target,
+            tensors,
+            {**trainer.diagnose(), "imagined": imagined},
+            spec=spec,
+            reward_scale=log.reward_scale,
+            prompt=self.distill.prompt,
+            discount=log.discount,
+            policy=self.policy.model_dump(mode="json"),
+            values=described,
+            target_return=target,
         )
 
 
@@ -281,6 +318,7 @@ def run_distill(work: str, place: Place, job: DistillJob) -> None:
 def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig) -> None:
     """Step 6. Always float32."""
     workspace = place.workspace(work)
+    workspace.rewind({})  # an evaluation that was cut off begins anew
     artifact = Artifact(Path(policy))
     acting = Policy(artifact.described, artifact.tensors(), place.device)
     scores = evaluate(
@@ -297,28 +335,44 @@ def raw_return_to_go(log: Log) -> np.ndarray:
     return (total[log.episode_end] - before).astype(np.float32)
 
 
-def _raw_outcome(log: Log, segments: Segments) -> np.ndarray:
-    """Raw return-to-go of imagined steps: what the log collected from the start, plus what the plan gained so far."""
-    to_go = raw_return_to_go(log)[segments.index] if len(segments) else np.zeros(0, np.float32)
-    gained = (segments.reward - segments.own_reward) / log.reward_scale
-    still = to_go + gained.sum(1)
-    before = np.cumsum(segments.reward, 1) - segments.reward
-    return (still[:, None] - before / log.reward_scale).astype(np.float32)
+def _raw_outcome(log: Log, segments: Segments, lengths: np.ndarray) -> np.ndarray:
+    """Raw return-to-go (S, L) of imagined steps: imagined rewards to the cut, then what the log still brought.
+
+    After a predicted termination nothing follows.
+    """
+    S, L = len(segments), segments.length
+    if S == 0:
+        return np.zeros((0, L), np.float32)
+    inside = np.arange(L) < lengths[:, None]
+    imagined = np.where(inside, segments.reward, 0.0)
+    own = np.where(inside, segments.own_reward, 0.0).sum(1)
+    rest = raw_return_to_go(log)[segments.index] - own / log.reward_scale
+    rest = np.where((segments.terminal & inside).any(1), 0.0, rest)
+    to_cut = np.cumsum(imagined[:, ::-1], 1)[:, ::-1]
+    return (to_cut / log.reward_scale + rest[:, None]).astype(np.float32)
 
 
 def _no_segments(log: Log) -> Segments:
     t = log.transitions
     none, one = np.zeros(0, np.int64), np.zeros((0, 1), np.float32)
     return Segments(
-        index=none, episode=none, timestep=none, control=np.zeros(0, bool),
-        observation=np.zeros((0, 2, t.observation_dim), np.float32), action=np.zeros((0, 1, t.spec.action_dim), np.float32),
-        reward=one, terminal=np.zeros((0, 1), bool), uncertainty=one, value=np.zeros((0, 2), np.float32), own_reward=one,
-        own_terminal=np.zeros((0, 1), bool), own_length=none, own_value=np.zeros((0, 2), np.float32),
+        index=none,
+        episode=none,
+        timestep=none,
+        control=np.zeros(0, bool),
+        observation=np.zeros((0, 2, t.observation_dim), np.float32),
+        action=np.zeros((0, 1, t.spec.action_dim), np.float32),
+        reward=one,
+        terminal=np.zeros((0, 1), bool),
+        uncertainty=one,
+        value=np.zeros((0, 2), np.float32),
+        own_reward=one,
+        own_terminal=np.zeros((0, 1), bool),
+        own_length=none,
+        own_value=np.zeros((0, 2), np.float32),
     )
 
 
 def _nothing_accepted() -> Accepted:
     none = np.zeros(0, np.float32)
     return Accepted(np.zeros(0, bool), np.zeros(0, np.int64), none, none, {})
-
-

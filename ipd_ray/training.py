@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +26,15 @@ class Trainer(Protocol):
 
 
 def train(
-    trainer: Trainer, total: int, workspace: Workspace | None, log_every: int = 500
+    trainer: Trainer,
+    total: int,
+    workspace: Workspace | None,
+    log_every: int = 500,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Run updates up to `total`, yielding (updates done, mean metrics since the last line) every `log_every`.
+
+    stop: asked after every line, and before the first update of a resumed training.
 
     Checkpoints fall on log lines only, so that a resumed learning curve equals an undisturbed one.
     """
@@ -40,6 +46,8 @@ def train(
     sums: dict[str, Tensor] = {}
     count, began = 0, time.monotonic()
     for step in range(start, total):
+        if stop and count == 0 and stop():
+            return
         for name, value in trainer.update(step).items():
             sums[name] = sums[name] + value if name in sums else value.detach().clone()
         count += 1

@@ -240,7 +240,6 @@ def test_a_lease_taken_over_is_not_taken_back(tmp_path: Path):
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "theirs"
 
 
-@pytest.mark.xfail(strict=True, reason="the lease file is empty for a moment, and an empty lease counts as free")
 def test_two_that_come_at_once_do_not_both_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first, second = Lease(tmp_path), Lease(tmp_path)
     answers: list[Any] = []

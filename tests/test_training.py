@@ -93,6 +93,8 @@ def test_resumed_training_equals_undisturbed_training(make: Callable[[], Trainer
     resumed = make()
     finish(resumed, Workspace(tmp_path / "cut", 0.0))
     assert_equal(undisturbed.state(), resumed.state())
+    if isinstance(undisturbed, DistillTrainer) and isinstance(resumed, DistillTrainer):
+        assert_equal(undisturbed.policy_state(), resumed.policy_state())  # the moving average, which is what is kept
     assert [row["step"] for row in curve(tmp_path / "cut")] == [4, 8, 12, 16, 20]
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
@@ -172,18 +174,14 @@ def test_patience_counts_on_over_a_resume(tmp_path: Path):
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the checkpoint of the line that stops training resumes training, by one more eval_every"
-)
 def test_a_fit_killed_after_it_stopped_early_stays_stopped(tmp_path: Path):
     stopping_early(Workspace(tmp_path / "whole"))
     fit_killed_at(stopping_early, tmp_path / "cut", 16)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
 
 
-@pytest.mark.xfail(strict=True, reason="the dropout seed (seed * 1_000_003 + step) * 64 leaves 64 bits")
 def test_every_seed_that_the_config_takes_can_be_trained_with():
-    RunConfig(seed=2**45)
+    RunConfig(seed=2**32 - 1)
     trainer = distill_trainer()
-    trainer._seed = 2**45
+    trainer._seed = 2**32 - 1
     trainer.update(0)

@@ -119,7 +119,10 @@ def read_entry(folder: Path, shard: int) -> dict[str, Any] | None:
 def read_shard(folder: Path, shard: int, verify: bool = True) -> Segments:
     """Read a shard. Raises UserError where it does not match its manifest entry."""
     path = shard_path(folder, shard)
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove the folder it lies in and run again.") from error
     values = {}
     for f in fields(Segments):
         column = table.column(f.name).combine_chunks()
@@ -131,7 +134,7 @@ def read_shard(folder: Path, shard: int, verify: bool = True) -> Segments:
     segments = Segments(**values)
     entry = read_entry(folder, shard)
     if verify and (entry is None or entry["digest"] != segments.digest):
-        raise UserError(f"{path} does not match its manifest entry: remove both files and run again.")
+        raise UserError(f"{path} does not match its manifest entry: remove the folder it lies in and run again.")
     return segments
 
 

@@ -96,8 +96,10 @@ def _flatten(observation: Any, space: Mapping[str, Any]) -> Floats:
         return np.concatenate(parts, axis=-1)
     array = np.asarray(observation, np.float32)
     shape = tuple(space["shape"])
-    lead = array.shape[: array.ndim - len(shape)]
-    return array.reshape(*lead, int(np.prod(shape, dtype=np.int64)))
+    lead = array.ndim - len(shape)
+    if lead < 0 or array.shape[lead:] != shape:
+        raise ValueError(f"observation of shape {array.shape} does not end in the space's shape {shape}")
+    return array.reshape(*array.shape[:lead], int(np.prod(shape, dtype=np.int64)))
 
 
 @dataclass(frozen=True)

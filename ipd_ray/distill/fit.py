@@ -88,27 +88,43 @@ class DistillTrainer:
     """One update of the policy on a global batch that is the same whatever the number of workers."""
 
     def __init__(
-        self, material: Material, policy: PolicyConfig, config: DistillConfig, *, seed: int, device: str,
+        self,
+        material: Material,
+        policy: PolicyConfig,
+        config: DistillConfig,
+        *,
+        seed: int,
+        device: str,
         reducer: Reducer | None = None,
     ):
         t = material.log.transitions
         self._config, self._seed, self._device = config, seed, device
         self._reducer = reducer or Alone()
         torch.manual_seed(seed + 2)
-        self.model = TransformerPolicy(
-            t.observation_dim, t.spec.action_dim, policy, prompted=config.prompt != "none"
-        )
+        self.model = TransformerPolicy(t.observation_dim, t.spec.action_dim, policy, prompted=config.prompt != "none")
         mean, std = material.log.observation_moments
         self.model.observation_mean.copy_(torch.from_numpy(mean))
         self.model.observation_std.copy_(torch.from_numpy(std))
         low, high = np.quantile(material.prompts.log, [0.001, 0.999])
-        for name, value in (("mean", material.prompts.log.mean()), ("std", max(float(material.prompts.log.std()), 1e-6)),
-                            ("low", low), ("high", high)):
+        for name, value in (
+            ("mean", material.prompts.log.mean()),
+            ("std", max(float(material.prompts.log.std()), 1e-6)),
+            ("low", low),
+            ("high", high),
+        ):
             getattr(self.model, f"prompt_{name}").fill_(float(value))
         self.model.to(device).train()
         self.windows = Windows(
-            material.log, material.segments, material.accepted, material.lengths, material.prompts, material.weight,
-            config, context=policy.context, seed=seed, device=device,
+            material.log,
+            material.segments,
+            material.accepted,
+            material.lengths,
+            material.prompts,
+            material.weight,
+            config,
+            context=policy.context,
+            seed=seed,
+            device=device,
         )
         self._critic = material.critic if config.eta > 0 else None
         self._critic_scale = material.critic_scale
@@ -117,7 +133,9 @@ class DistillTrainer:
         decayed = [p for n, p in named.items() if not (p.ndim < 2 or "timestep" in n)]
         self._optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.learning_rate, betas=(0.9, 0.95), fused=True,
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=True,
         )
         self._parameters = decayed + plain
         self.ema = {name: p.detach().clone() for name, p in named.items()}
@@ -130,7 +148,7 @@ class DistillTrainer:
     def update(self, step: int) -> dict[str, Tensor]:
         config, reduce = self._config, self._reducer
         batch = self.windows.draw(step, reduce.rank, reduce.world)
-        torch.manual_seed((self._seed * 1_000_003 + step) * 64 + reduce.rank)  # dropout
+        torch.manual_seed(((self._seed * 1_000_003 + step) * 64 + reduce.rank) % (1 << 63))  # dropout
         pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)
         leaf = pi.detach().requires_grad_(True)
         i = int(torch.randint(2, (), generator=block_generator(self._seed, _STREAM, step)))
@@ -164,8 +182,11 @@ class DistillTrainer:
         return metrics
 
     def state(self) -> dict[str, Tensor]:
-        return {**prefixed("model", self.model.state_dict()), **prefixed("ema", self.ema),
-                **optimizer_tensors(self._optimizer)}
+        return {
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("ema", self.ema),
+            **optimizer_tensors(self._optimizer),
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.model.load_state_dict(stripped("model", tensors))
@@ -187,7 +208,8 @@ class DistillTrainer:
         pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)[:, -1]
         out = {
             "imitation_rmse": float((pi - batch.action[:, -1]).square().mean().sqrt()),
-            "imagined_ratio": self.windows.imagined_ratio, "imagined_steps": float(self.windows.imagined_steps),
+            "imagined_ratio": self.windows.imagined_ratio,
+            "imagined_steps": float(self.windows.imagined_steps),
             "critic_scale": self._critic_scale,
         }
         if self._critic is not None:
@@ -197,7 +219,9 @@ class DistillTrainer:
         return out
 
 
-def fit_policy(trainer: DistillTrainer, config: DistillConfig, workspace: Workspace | None) -> Iterator[tuple[int, dict[str, float]]]:
+def fit_policy(
+    trainer: DistillTrainer, config: DistillConfig, workspace: Workspace | None
+) -> Iterator[tuple[int, dict[str, float]]]:
     """Step 5: yield learning curve lines until the policy is done."""
     yield from train(trainer, config.updates, workspace, log_every=min(200, max(1, config.updates // 20)))
 

@@ -29,7 +29,11 @@ class Sums:
 
 
 def loss_sums(
-    pi_BKA: Tensor, action_BKA: Tensor, observation_BKO: Tensor, weight_BK: Tensor, critic: CriticFn | None,
+    pi_BKA: Tensor,
+    action_BKA: Tensor,
+    observation_BKO: Tensor,
+    weight_BK: Tensor,
+    critic: CriticFn | None,
     pair: tuple[int, int],
 ) -> Sums:
     """Return the sums that `IPD` (arXiv:2603.04289), step 5, is made of.

@@ -48,8 +48,18 @@ class Windows:
     """
 
     def __init__(
-        self, log: Log, segments: Segments, accepted: Bools, lengths: Ints, prompts: Prompts, weight: Floats,
-        config: DistillConfig, *, context: int, seed: int, device: str,
+        self,
+        log: Log,
+        segments: Segments,
+        accepted: Bools,
+        lengths: Ints,
+        prompts: Prompts,
+        weight: Floats,
+        config: DistillConfig,
+        *,
+        context: int,
+        seed: int,
+        device: str,
     ):
         """accepted, lengths: (S,) verdict on the segments. weight: (T,) imitation weight of the log's steps."""
         t = log.transitions
@@ -101,7 +111,8 @@ class Windows:
             observation=torch.where(zero, c["observation"][position], 0.0),
             action=torch.where(zero, c["action"][position], 0.0),
             timestep=torch.where(valid, c["timestep"][position], 0),
-            valid=valid, weight=torch.where(valid, c["weight"][position], 0.0),
+            valid=valid,
+            weight=torch.where(valid, c["weight"][position], 0.0),
         )
 
 

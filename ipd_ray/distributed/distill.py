@@ -102,7 +102,8 @@ def fit(job: DistillJob, workers: int, failures: int) -> None:
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
-            name=f"distill-{work.name.removesuffix('.partial')}", storage_path=str(work / FOLDER),
+            name=f"distill-{work.name.removesuffix('.partial')}",
+            storage_path=str(work / FOLDER),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=failures),
         ),

@@ -64,7 +64,7 @@ class RayEngine:
         for task in tasks:
             _require_absolute(task.name, str(task.arguments.get("work", "/")))
         try:
-            return drive(tasks, self._pool, tick=tick, done=done)
+            return drive(tasks, self._pool, tick=tick, done=done, retry_errors=done is not None)
         finally:
             self._pool.clear()  # after Ctrl-C: nothing may go on that nobody waits for
 

@@ -57,7 +57,9 @@ class Policy:
         artifact = Artifact(folder)
         described = artifact.described
         if described.get("step") != "distill":
-            raise UserError(f"{path} is the artifact of step {described.get('step')!r}, not of distill: give a run's policy/.")
+            raise UserError(
+                f"{path} is the artifact of step {described.get('step')!r}, not of distill: give a run's policy/."
+            )
         return cls(described, artifact.tensors(), device)
 
     def reset(self, mask: Any = None) -> None:
@@ -67,7 +69,9 @@ class Policy:
             return
         rows = torch.as_tensor(np.asarray(mask, bool), device=self._device)
         if rows.shape != (self._rows,):
-            raise UserError(f"reset(mask): mask has shape {tuple(rows.shape)}, but {self._rows} environments are acted in.")
+            raise UserError(
+                f"reset(mask): mask has shape {tuple(rows.shape)}, but {self._rows} environments are acted in."
+            )
         self._steps[rows] = 0
         self._asked[rows] = self._start_target()
 
@@ -76,17 +80,23 @@ class Policy:
 
         reward: of the step before, raw; lowers the target of prompt=fixed as it is collected, not looked at otherwise.
         """
-        flat = self.spec.flatten_observation(observation)
+        try:
+            flat = self.spec.flatten_observation(observation)
+        except (ValueError, KeyError, TypeError) as error:
+            known = self._model.observation_mean.shape[0]
+            raise UserError(
+                f"act(observation): of shape {np.shape(observation)}, but the policy knows {known} entries "
+                f"({self.spec.observation_space}): give one observation of its environment, or a batch."
+            ) from error
         single = flat.ndim == 1
         s = torch.from_numpy(np.atleast_2d(flat)).to(self._device)
-        if s.shape[-1] != self._model.observation_mean.shape[0]:
-            raise UserError(f"act(observation): {s.shape[-1]} entries, but the policy knows {self._model.observation_mean.shape[0]}.")
         if self._rows == 0:
             self._begin(len(s))
         elif len(s) != self._rows:
             raise UserError(f"act(observation): {len(s)} environments after {self._rows}: call reset() between them.")
         if reward is not None:
-            self._asked -= torch.as_tensor(np.atleast_1d(np.asarray(reward, np.float32)), device=self._device)
+            collected = torch.as_tensor(np.atleast_1d(np.asarray(reward, np.float32)), device=self._device)
+            self._asked -= torch.where(self._steps > 0, collected, 0.0)  # not what ended an episode before a reset
         action = self._decide(s).cpu().numpy()
         raw = self.spec.unscale_action(action)
         return raw[0] if single else raw
@@ -94,7 +104,7 @@ class Policy:
     def value(self, observation: Any) -> NDArray[np.float32]:
         """Return V of observations in raw reward units (discounted)."""
         s = torch.from_numpy(self.spec.flatten_observation(observation)).to(self._device)
-        return self._values.v(s).cpu().numpy() / np.float32(self.reward_scale)
+        return np.asarray(self._values.v(s).cpu().numpy() / self.reward_scale, np.float32)
 
     def _start_target(self) -> float:
         return float(self._target) if self._target is not None else 0.0

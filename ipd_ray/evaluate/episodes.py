@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,47 +17,58 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.world_model.termination import import_dotted
 
 VERSION = 1
+STEP_LIMIT = 100_000
+"""Steps after which an episode counts as over where nothing else limits it."""
 
 
 class NoEnvironment(RuntimeError):
     """There is no environment to evaluate in; the message says why."""
 
 
-def environment_maker(spec: Spec, name: str | None) -> Callable[..., gym.Env[Any, Any]]:
-    """Return what makes the environment: the user's, or the log's own.
+def environment_maker(spec: Spec, name: str | None, max_steps: int | None = None) -> Callable[..., gym.Env[Any, Any]]:
+    """Return what makes the environment: the user's, or the log's own. It takes `render_mode` where that can be had.
 
-    name: a Gymnasium id or `package.module:function`. Raises UserError where the user named one that cannot be had,
+    name: a Gymnasium id (also `package:Name-v0`) or `package.module:function`. max_steps: truncates episodes there
+    instead of at the environment's own limit. Raises UserError where the user named one that cannot be had,
     NoEnvironment where the log names none or one that is not installed.
     """
-    if name and ":" in name and not name.partition(":")[2][:1].isupper():
+    if name and ":" in name and not re.search(r"-v\d+$", name):
         module, _, function = name.partition(":")
-        return import_dotted("evaluate.environment", module, function)
+        users = import_dotted("evaluate.environment", module, function)
+        if max_steps is None:
+            return users
+        return lambda **kwargs: gym.wrappers.TimeLimit(users(**kwargs), max_steps)
+    limit: dict[str, Any] = {} if max_steps is None else {"max_episode_steps": max_steps}
     if name:
         if name not in gym.registry and ":" not in name:
             raise UserError(f"evaluate.environment={name!r} is no Gymnasium id here.{near_name(name, gym.registry)}")
-        return lambda **kwargs: gym.make(name, **kwargs)
+        return lambda **kwargs: gym.make(name, **limit, **kwargs)
     if spec.env_spec is None:
         raise NoEnvironment(
-            f"dataset {spec.dataset} names no environment; give one with evaluate.environment=ID or package.module:function"
+            f"dataset {spec.dataset} names no environment; give one with evaluate.environment=ID or "
+            "package.module:function"
         )
     try:
         env_spec = EnvSpec.from_json(spec.env_spec)
         gym.make(env_spec).close()
     except Exception as error:  # whatever a third party's environment raises, the log is still good
-        raise NoEnvironment(f"the environment of {spec.dataset} cannot be made here ({type(error).__name__}: {error})") from error
-    return lambda **kwargs: gym.make(env_spec, **kwargs)
+        raise NoEnvironment(
+            f"the environment of {spec.dataset} cannot be made here ({type(error).__name__}: {error})"
+        ) from error
+    return lambda **kwargs: gym.make(env_spec, **limit, **kwargs)
 
 
-def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int, float], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    policy: Policy, config: EvaluateConfig, *, progress: Callable[[int, float], None] | None = None
+) -> dict[str, Any]:
     """Run the policy for `episodes` whole episodes in float32 and return raw and normalised scores.
 
     progress: called now and then with (steps done, share of episodes ended).
     """
-    make = environment_maker(policy.spec, config.environment)
-    kwargs = {} if config.max_steps is None else {"max_episode_steps": config.max_steps}
+    make = environment_maker(policy.spec, config.environment, config.max_steps)
     n = config.episodes
     envs = gym.vector.SyncVectorEnv(
-        [lambda: make(**kwargs) for _ in range(n)]  # an ended episode starts anew; its rows no longer count
+        [make for _ in range(n)]  # an ended episode starts anew; its rows no longer count
     )
     try:
         _check_spaces(policy.spec, envs)
@@ -67,7 +79,7 @@ def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int,
         reward: Any = None
         value_at_start = policy.value(observation)
         steps = 0
-        while running.any():
+        while running.any() and steps < (config.max_steps or STEP_LIMIT):
             action = policy.act(observation, reward)
             observation, reward, terminated, truncated, _ = envs.step(action)
             total += reward * running
@@ -82,10 +94,14 @@ def evaluate(policy: Policy, config: EvaluateConfig, *, progress: Callable[[int,
     normalised = [policy.spec.normalise(float(x)) for x in total]
     known = [x for x in normalised if x is not None]
     return {
-        "return_mean": float(total.mean()), "return_std": float(total.std()), "returns": total.tolist(),
-        "lengths": length.tolist(), "episodes": n,
+        "return_mean": float(total.mean()),
+        "return_std": float(total.std()),
+        "returns": total.tolist(),
+        "lengths": length.tolist(),
+        "episodes": n,
         "normalised": float(np.mean(known)) if known else None,
-        "discounted_mean": float(discounted.mean()), "value_at_start": float(value_at_start.mean()),
+        "discounted_mean": float(discounted.mean()),
+        "value_at_start": float(value_at_start.mean()),
     }
 
 

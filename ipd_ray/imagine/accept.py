@@ -48,11 +48,16 @@ def kappa(holdout_uncertainty: Floats, holdout_episode: Ints, *, length: int, su
         u = holdout_uncertainty[holdout_episode == episode]
         window = np.lib.stride_tricks.sliding_window_view(u, min(length, len(u)))
         peaks.append(window.max(1))
-    return float(np.quantile(np.concatenate(peaks), survival))
+    return float(np.quantile(np.concatenate(peaks), survival, method="inverted_cdf"))
 
 
 def accept(
-    segments: Segments, config: AcceptConfig, *, threshold: float, discount: float, value_std: float,
+    segments: Segments,
+    config: AcceptConfig,
+    *,
+    threshold: float,
+    discount: float,
+    value_std: float,
     ranges: tuple[Floats, Floats, float, float],
 ) -> Accepted:
     """Cut each segment before its first step that is uncertain or out of range, and keep it if it beats log and V.
@@ -72,19 +77,27 @@ def accept(
     length = np.where(usable.all(1), L, np.argmin(usable, 1))
     imagined = _value_of(segments.reward, segments.terminal, segments.value, length, discount)
     own = _value_of(
-        segments.own_reward, segments.own_terminal, segments.own_value, np.minimum(length, segments.own_length), discount
+        segments.own_reward,
+        segments.own_terminal,
+        segments.own_value,
+        np.minimum(length, segments.own_length),
+        discount,
     )
     bar = config.margin * value_std
     long_enough = length >= config.min_length
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
     accepted = long_enough & beats_own & beats_value
-    reasons = {
-        "too_short": float((~long_enough).mean()),
-        "uncertain_first_step": float((~certain[:, 0]).mean()),
-        "out_of_range": float((~in_range & ~ended_before).any(1).mean()),
-        "not_over_log": float((~beats_own).mean()),
-        "not_over_value": float((~beats_value).mean()),
-    } if S else {}
+    reasons = (
+        {
+            "too_short": float((~long_enough).mean()),
+            "uncertain_first_step": float((~certain[:, 0]).mean()),
+            "out_of_range": float((~in_range & ~ended_before).any(1).mean()),
+            "not_over_log": float((~beats_own).mean()),
+            "not_over_value": float((~beats_value).mean()),
+        }
+        if S
+        else {}
+    )
     return Accepted(accepted, length.astype(np.int64), imagined, own, reasons)
 
 
@@ -107,21 +120,27 @@ def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]
     ends = t.terminal[log.episode_end[segments.index]]
     by_distance: dict[str, Any] = {}
     for name, rows in (
-        ("ends_within_10", ends & (left <= 10)), ("ends_within_50", ends & (left > 10) & (left <= 50)),
+        ("ends_within_10", ends & (left <= 10)),
+        ("ends_within_50", ends & (left > 10) & (left <= 50)),
         ("later_or_never", ~ends | (left > 50)),
     ):
         if rows.any():
             kept = ok & rows
             by_distance[name] = {
-                "starts": int(rows.sum()), "accept_rate": float(ok[rows].mean()),
+                "starts": int(rows.sum()),
+                "accept_rate": float(ok[rows].mean()),
                 "gain": float(gain[kept].mean()) if kept.any() else 0.0,
             }
     return {
-        "segments": len(segments), "accepted": int(ok.sum()), "accept_rate": float(ok.mean()) if len(ok) else 0.0,
+        "segments": len(segments),
+        "accepted": int(ok.sum()),
+        "accept_rate": float(ok.mean()) if len(ok) else 0.0,
         "accepted_steps": int(verdict.length[ok].sum()),
-        "accept_rate_control": _rate(ok, segments.control), "accept_rate_flagged": _rate(ok, ~segments.control),
+        "accept_rate_control": _rate(ok, segments.control),
+        "accept_rate_flagged": _rate(ok, ~segments.control),
         "survival_by_depth": [float((verdict.length > k).mean()) for k in range(segments.length)],
-        "uncertainty_quantiles": _quantiles(segments.uncertainty), "by_distance_to_termination": by_distance,
+        "uncertainty_quantiles": _quantiles(segments.uncertainty),
+        "by_distance_to_termination": by_distance,
         "imagined_mean": float(verdict.imagined[ok].mean()) if ok.any() else 0.0,
         "own_mean": float(verdict.own[ok].mean()) if ok.any() else 0.0,
         "rejections": verdict.reasons,

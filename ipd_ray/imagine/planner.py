@@ -54,7 +54,12 @@ def candidates_per_elite(config: PlannerConfig, elites: int) -> int:
 
 @torch.no_grad()
 def plan(
-    observation_BO: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, *, discount: float,
+    observation_BO: Tensor,
+    dynamics: Dynamics,
+    values: Values,
+    config: PlannerConfig,
+    *,
+    discount: float,
     generator: torch.Generator,
 ) -> Plan:
     """Decide the next action of each state.
@@ -80,7 +85,12 @@ def plan(
 
 
 def _mpc(
-    observation_BO: Tensor, noise_HEBRA: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+    observation_BO: Tensor,
+    noise_HEBRA: Tensor,
+    dynamics: Dynamics,
+    values: Values,
+    config: PlannerConfig,
+    discount: float,
 ) -> Plan:
     H, E, B, R, A = noise_HEBRA.shape
     state = observation_BO[None, :, None].expand(E, B, R, -1).reshape(E, B * R, -1)
@@ -96,7 +106,9 @@ def _mpc(
         alive = alive * (1.0 - ended)
     score += discount**H * alive * values.v(state)
     if config.disagreement_penalty > 0:
-        score -= config.disagreement_penalty * _disagreement(observation_BO, first.reshape(E, B, R, A), dynamics, values, discount)
+        score -= config.disagreement_penalty * _disagreement(
+            observation_BO, first.reshape(E, B, R, A), dynamics, values, discount
+        )
     score_BN = score.reshape(E, B, R).transpose(0, 1).reshape(B, E * R)
     first_BNA = first.reshape(E, B, R, A).transpose(0, 1).reshape(B, E * R, A)
     _require_finite(score_BN)
@@ -118,7 +130,12 @@ def _disagreement(
 
 
 def _greedy_q(
-    observation_BO: Tensor, noise_HEBRA: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+    observation_BO: Tensor,
+    noise_HEBRA: Tensor,
+    dynamics: Dynamics,
+    values: Values,
+    config: PlannerConfig,
+    discount: float,
 ) -> Plan:
     _, E, B, R, A = noise_HEBRA.shape
     offset_BNA = noise_HEBRA[0].transpose(0, 1).reshape(B, E * R, A)
@@ -134,6 +151,6 @@ def _require_finite(score_BN: Tensor) -> None:
     bad = int((~torch.isfinite(score_BN)).sum())
     if bad:
         raise FloatingPointError(
-            f"{bad} of {score_BN.numel()} planner scores are not finite: the world model or V diverged on imagined states; "
-            "look at their learning curves, or shorten planner.horizon."
+            f"{bad} of {score_BN.numel()} planner scores are not finite: the world model or V diverged on imagined "
+            "states; look at their learning curves, or shorten planner.horizon."
         )

@@ -47,8 +47,16 @@ def shard_specs(index: Ints, control: Bools, shard_size: int) -> list[ShardSpec]
 
 @torch.no_grad()
 def imagine_shard(
-    spec: ShardSpec, log: Log, dynamics: ImaginationDynamics, values: Values, planner: PlannerConfig,
-    imagine: ImagineConfig, *, seed: int, device: str, replay: bool = False,
+    spec: ShardSpec,
+    log: Log,
+    dynamics: ImaginationDynamics,
+    values: Values,
+    planner: PlannerConfig,
+    imagine: ImagineConfig,
+    *,
+    seed: int,
+    device: str,
+    replay: bool = False,
 ) -> Segments:
     """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
 
@@ -83,10 +91,20 @@ def imagine_shard(
         return torch.stack(parts, 1).cpu().numpy()
 
     return Segments(
-        index=spec.index, episode=t.episode[spec.index], timestep=t.timestep[spec.index], control=spec.control,
-        observation=column(observations), action=column(actions), reward=column(rewards), terminal=column(ended_at),
-        uncertainty=column(uncertainty), value=column(value), own_reward=own.reward, own_terminal=own.terminal,
-        own_length=own.length, own_value=own_value.cpu().numpy(),
+        index=spec.index,
+        episode=t.episode[spec.index],
+        timestep=t.timestep[spec.index],
+        control=spec.control,
+        observation=column(observations),
+        action=column(actions),
+        reward=column(rewards),
+        terminal=column(ended_at),
+        uncertainty=column(uncertainty),
+        value=column(value),
+        own_reward=own.reward,
+        own_terminal=own.terminal,
+        own_length=own.length,
+        own_value=own_value.cpu().numpy(),
     )
 
 
@@ -112,4 +130,6 @@ def own_steps(log: Log, index: Ints, length: int) -> OwnSteps:
     at = np.minimum(index[:, None] + np.arange(length), end[:, None])
     inside = np.arange(length) < own_length[:, None]
     observation = np.concatenate([t.observation[index][:, None], t.next_observation[at]], 1)
-    return OwnSteps(observation, np.where(inside, log.reward[at], 0.0).astype(np.float32), t.terminal[at] & inside, own_length)
+    return OwnSteps(
+        observation, np.where(inside, log.reward[at], 0.0).astype(np.float32), t.terminal[at] & inside, own_length
+    )

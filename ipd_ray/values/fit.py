@@ -47,22 +47,39 @@ class ValueTrainer:
         self._config, self._seed, self._device, self._discount = config, seed, device, log.discount
         self._target = [p.detach().clone() for p in self.model.q_net.parameters()]
         self._target_net = EnsembleMLP(
-            2, t.observation_dim + t.spec.action_dim, 1, width=config.width, layers=config.layers,
+            2,
+            t.observation_dim + t.spec.action_dim,
+            1,
+            width=config.width,
+            layers=config.layers,
             layer_norm=config.layer_norm,
         ).to(device)
         for parameter, value in zip(self._target_net.parameters(), self._target, strict=True):
             parameter.data = value
         self._optimizer = torch.optim.Adam(
-            [{"params": [*self.model.q_net.parameters(), *self.model.v_net.parameters(),
-                         *self.model.return_net.parameters()]},
-             {"params": list(self.model.behaviour_net.parameters())}],
-            lr=config.learning_rate, fused=True,
+            [
+                {
+                    "params": [
+                        *self.model.q_net.parameters(),
+                        *self.model.v_net.parameters(),
+                        *self.model.return_net.parameters(),
+                    ]
+                },
+                {"params": list(self.model.behaviour_net.parameters())},
+            ],
+            lr=config.learning_rate,
+            fused=True,
         )
         partial, weight = log.return_parts
         shift, scale = log.return_moments
         columns = [
-            (t.observation - mean) / std, t.action, (t.next_observation - mean) / std, log.reward[:, None] / scale,
-            1.0 - t.terminal[:, None], (partial[:, None] - shift) / scale, weight[:, None],
+            (t.observation - mean) / std,
+            t.action,
+            (t.next_observation - mean) / std,
+            log.reward[:, None] / scale,
+            1.0 - t.terminal[:, None],
+            (partial[:, None] - shift) / scale,
+            weight[:, None],
             (t.next_observation[log.episode_end] - mean) / std,
         ]
         self._widths = [c.shape[1] for c in columns]
@@ -112,14 +129,20 @@ class ValueTrainer:
         online = [p.data for p in model.q_net.parameters()]
         torch._foreach_lerp_(self._target, online, config.polyak)
         return {
-            "q_loss": q_loss, "v_loss": v_loss, "behaviour_loss": behaviour_loss, "v_mean": v.mean(),
+            "q_loss": q_loss,
+            "v_loss": v_loss,
+            "behaviour_loss": behaviour_loss,
+            "v_mean": v.mean(),
             "advantage_mean": advantage.mean(),
         }
 
     def state(self) -> dict[str, Tensor]:
         target = {str(i): value for i, value in enumerate(self._target)}
-        return {**prefixed("model", self.model.state_dict()), **prefixed("target", target),
-                **optimizer_tensors(self._optimizer)}
+        return {
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("target", target),
+            **optimizer_tensors(self._optimizer),
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         self.model.load_state_dict(stripped("model", tensors))
@@ -133,8 +156,13 @@ def fit_values(log: Log, config: ValuesConfig, *, seed: int, device: str, worksp
     trainer = ValueTrainer(log, config, seed, device)
     exhaust(train(trainer, config.updates, workspace, log_every=min(1000, max(1, config.updates // 20))))
     model = trainer.model.eval()
-    workspace.finish(model.state_dict(), diagnose(model, log, device), values=config.model_dump(mode="json"),
-                     observation_dim=log.transitions.observation_dim, action_dim=log.transitions.spec.action_dim)
+    workspace.finish(
+        model.state_dict(),
+        diagnose(model, log, device),
+        values=config.model_dump(mode="json"),
+        observation_dim=log.transitions.observation_dim,
+        action_dim=log.transitions.spec.action_dim,
+    )
 
 
 def load_values(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> ValueFunctions:

@@ -1,4 +1,4 @@
-"""The ensemble. Shapes: M members (or E elites), B rows, O observation, A action, D = O + 1 (observation and reward)."""
+"""The ensemble. Shapes: M members (or E elites), B rows, O observation, A action, D = O + 1 (with the reward)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ipd_ray.config import WorldModelConfig
+from ipd_ray.errors import UserError
 from ipd_ray.layers import EnsembleMLP
 from ipd_ray.world_model.termination import TerminationRule
 
@@ -14,8 +15,8 @@ from ipd_ray.world_model.termination import TerminationRule
 class Ensemble(nn.Module):
     """M networks of (s, a) -> Gaussian of (s' - s, r) in normalised units, and one of (s, s') -> termination logit.
 
-    Log-variances are softly bounded by two learned vectors (Chua et al. 2018, arXiv:1805.12114). Termination looks at s',
-    not at a: an environment ends an episode for where it has got to, and that boundary is the simpler function.
+    Log-variances are softly bounded by two learned vectors (Chua et al. 2018, arXiv:1805.12114). Termination looks at
+    s', not at a: an environment ends an episode for where it has got to, and that boundary is the simpler function.
     """
 
     observation_mean: Tensor
@@ -28,7 +29,11 @@ class Ensemble(nn.Module):
         self.members, self.observation_dim = members, observation_dim
         targets = observation_dim + 1
         self.net = EnsembleMLP(
-            members, observation_dim + action_dim, 2 * targets, width=config.width, layers=config.layers,
+            members,
+            observation_dim + action_dim,
+            2 * targets,
+            width=config.width,
+            layers=config.layers,
             activation="silu",
         )
         self.termination_net = EnsembleMLP(1, 2 * observation_dim, 1, width=128, layers=2, activation="silu")
@@ -96,7 +101,13 @@ class WorldModel(nn.Module):
     def ended(self, observation_BO: Tensor, following_BO: Tensor) -> Tensor:
         """Probability (B,) that the step to `following` ended the episode; 0 or 1 by a known rule."""
         if self._rule is not None:
-            return self._rule(following_BO).to(observation_BO.dtype)
+            ended = self._rule(following_BO)
+            if ended.shape != following_BO.shape[:1]:
+                raise UserError(
+                    f"world_model.termination: the function returned shape {tuple(ended.shape)} for observations of "
+                    f"shape {tuple(following_BO.shape)}: return one boolean a row, ({len(following_BO)},)."
+                )
+            return ended.to(observation_BO.dtype)
         e = self.ensemble
         return torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
 

@@ -16,7 +16,7 @@ from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, pref
 from ipd_ray.config import WorldModelConfig
 from ipd_ray.data.transitions import Log, floored_std
 from ipd_ray.layers import block_generator
-from ipd_ray.training import train
+from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
@@ -39,8 +39,12 @@ class WorldModelTrainer:
         targets = np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
         known = targets[log.train_steps].astype(np.float64)
         target_mean, target_std = known.mean(0).astype(np.float32), floored_std(known)
-        for name, value in (("observation_mean", mean), ("observation_std", std), ("target_mean", target_mean),
-                            ("target_std", target_std)):
+        for name, value in (
+            ("observation_mean", mean),
+            ("observation_std", std),
+            ("target_mean", target_mean),
+            ("target_std", target_std),
+        ):
             getattr(self.model, name).copy_(torch.from_numpy(value))
         self.model.to(device)
         self._config, self._seed, self._device = config, seed, device
@@ -54,17 +58,20 @@ class WorldModelTrainer:
             held = held[np.linspace(0, len(held) - 1, _HOLDOUT_ROWS).astype(np.int64)]
         self._held = torch.from_numpy(columns[held]).to(device)
         rows = len(self._table)
-        self._bootstrap = torch.randint(
-            rows, (config.members, rows), generator=block_generator(seed, _STREAM, 0)
-        ).to(device)
+        self._bootstrap = torch.randint(rows, (config.members, rows), generator=block_generator(seed, _STREAM, 0)).to(
+            device
+        )
         self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
         learned = config.termination == "learned" and len(self._ended) > 0
         self._learn_termination = learned
         decayed = [*self.model.net.parameters(), *self.model.termination_net.parameters()]
         self._optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay},
-             {"params": [self.model.max_log_variance, self.model.min_log_variance], "weight_decay": 0.0}],
-            lr=config.learning_rate, fused=True,
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": [self.model.max_log_variance, self.model.min_log_variance], "weight_decay": 0.0},
+            ],
+            lr=config.learning_rate,
+            fused=True,
         )
         self.best = {name: value.detach().clone() for name, value in self.model.net.state_dict().items()}
         self.best_error = torch.full((config.members,), float("inf"), device=device)
@@ -135,8 +142,10 @@ class WorldModelTrainer:
 
     def state(self) -> dict[str, Tensor]:
         return {
-            **prefixed("model", self.model.state_dict()), **prefixed("best", self.best),
-            **optimizer_tensors(self._optimizer), "stale": torch.tensor(self.stale),
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("best", self.best),
+            **optimizer_tensors(self._optimizer),
+            "stale": torch.tensor(self.stale),
             "best_error": torch.nan_to_num(self.best_error, posinf=torch.finfo(torch.float32).max),
         }
 
@@ -174,9 +183,7 @@ def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: st
     """Step 2: train until the held-out episodes stop improving, measure, leave the artifact in the workspace."""
     trainer = WorldModelTrainer(log, config, seed, device)
     every = min(config.eval_every, config.max_updates)
-    for _ in train(trainer, config.max_updates, workspace, log_every=every):
-        if trainer.stale >= config.patience:
-            break
+    exhaust(train(trainer, config.max_updates, workspace, every, stop=lambda: trainer.stale >= config.patience))
     ensemble = trainer.elites(config).eval().requires_grad_(False)
     rule = resolve(config.termination)
     if rule is None and not log.transitions.terminal.any():
@@ -185,8 +192,11 @@ def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: st
     u = holdout_uncertainty(model, log, device)
     tensors = {**ensemble.state_dict(), "holdout_uncertainty": torch.from_numpy(u)}
     workspace.finish(
-        tensors, diagnose(model, log, u, device), world_model=config.model_dump(mode="json"),
-        observation_dim=log.transitions.observation_dim, action_dim=log.transitions.spec.action_dim,
+        tensors,
+        diagnose(model, log, u, device),
+        world_model=config.model_dump(mode="json"),
+        observation_dim=log.transitions.observation_dim,
+        action_dim=log.transitions.spec.action_dim,
         terminates=bool(log.transitions.terminal.any()),
     )
 
@@ -239,7 +249,7 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
     constant = np.square((mean - target[held]) / std)
     per_step = error.mean(1)
     ranks = [float(np.corrcoef(np.argsort(np.argsort(kind)), np.argsort(np.argsort(per_step)))[0, 1]) for kind in u]
-    p_done, truth = np.concatenate(done), t.terminal[held]
+    alarm, truth = np.concatenate(done) > 0.5, t.terminal[held]
     sample = np.random.default_rng(0).choice(len(held), min(len(held), 2000), replace=False)
     return {
         "rmse": float(np.sqrt(error.mean())),
@@ -250,8 +260,10 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
         "share_at_variance_floor": float(np.mean(floor)),
         "rollout_rmse_by_depth": rollout_error(model, log, device),
         "termination": {
-            "true": int(truth.sum()), "found": int((truth & (p_done > 0.5)).sum()),
-            "false_alarms": int((~truth & (p_done > 0.5)).sum()), "steps": len(truth),
+            "true": int(truth.sum()),
+            "found": int((truth & alarm).sum()),
+            "false_alarms": int((~truth & alarm).sum()),
+            "steps": len(truth),
         },
         "sample": {
             "uncertainty": u[0][sample].astype(float).tolist(),

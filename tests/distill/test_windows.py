@@ -196,7 +196,6 @@ def test_the_raw_outcome_of_a_whole_plan_by_hand():
     assert raw_outcome(segments, [2]) == [39.0, 29.0]
 
 
-@pytest.mark.xfail(strict=True, reason="_raw_outcome also counts the steps that acceptance cut off")
 def test_the_raw_outcome_of_a_plan_that_was_cut_by_hand():
     # Cut after two of four steps: what the uncertain ones promise (1000) does not count. Still 39, then 29.
     segments = segments_of(
@@ -205,7 +204,6 @@ def test_the_raw_outcome_of_a_plan_that_was_cut_by_hand():
     assert raw_outcome(segments, [2]) == [39.0, 29.0]
 
 
-@pytest.mark.xfail(strict=True, reason="_raw_outcome adds what the log brought after the plan has ended the episode")
 def test_the_raw_outcome_of_a_plan_that_ends_the_episode_by_hand():
     # 10 + 20, and no more: the log's later 4 + 5 are not to be had.
     segments = segments_of(

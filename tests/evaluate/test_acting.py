@@ -194,14 +194,12 @@ def test_a_policy_is_loaded_from_a_run_and_nothing_else_is(tmp_path: Path):
         Policy.load(store.commit("values", key, version=1, parts={}).path)
 
 
-@pytest.mark.xfail(strict=True, reason="flatten_observation reshapes first: numpy's error comes before act()'s own")
 @pytest.mark.parametrize("shape", [(4,), (2, 4), (2, 2)])
 def test_an_observation_of_another_size_is_refused(shape: Any):
     with pytest.raises(UserError, match="the policy knows 3"):
         policy_of().act(np.zeros(shape, np.float32))
 
 
-@pytest.mark.xfail(strict=True, reason="the reward that ended an episode is taken off the target of the next one")
 def test_a_new_episode_begins_with_the_whole_target():
     # A loop over vectorised environments: act(observation, reward) with the reward of the step that ended an episode.
     s = walk()

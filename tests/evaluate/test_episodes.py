@@ -151,7 +151,6 @@ def test_another_action_space_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         run(half(), environment="CartPole-v1")
 
 
-@pytest.mark.xfail(strict=True, reason="max_steps goes to the user's function as a keyword it need not have")
 def test_max_steps_cuts_a_users_environment_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "long_stairs.py").write_text(
         "from test_episodes import Stairs\n\ndef make():\n    return Stairs(longest=30)\n"
@@ -160,6 +159,5 @@ def test_max_steps_cuts_a_users_environment_too(tmp_path: Path, monkeypatch: pyt
     assert run(half(), environment="long_stairs:make", max_steps=3)["lengths"] == [3, 3, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="a name after the colon with a capital is taken for a Gymnasium id")
 def test_a_users_class_by_dotted_path():
     assert run(half(), environment="test_episodes:Stairs")["lengths"] == [2, 3, 4]

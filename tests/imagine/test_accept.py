@@ -132,7 +132,6 @@ def test_kappa_by_hand():
     assert 4.0 <= found < 5.0 and (peaks <= found).mean() == 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="np.quantile interpolates: fewer windows pass than survival asks for")
 @pytest.mark.parametrize(("survival", "smallest"), [(0.5, 4.0), (0.7, 5.0), (0.9, 6.0)])
 def test_kappa_is_the_smallest_that_lets_enough_windows_pass(survival: float, smallest: float):
     # Peaks 3, 4, 5, 6: two, three and four of them must pass.
