@@ -18,7 +18,8 @@ from statistics import mean, median, stdev
 
 from ipd_ray import config as configs
 from ipd_ray import run
-from ipd_ray.artifacts import numeric_platform, write_atomic
+from ipd_ray.artifacts import numeric_platform
+from ipd_ray.files import write_atomic
 
 HERE = Path(__file__).resolve().parent
 

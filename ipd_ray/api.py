@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipd_ray.artifacts import Artifact, Lease, Store, write_atomic
+from ipd_ray.artifacts import Artifact, Lease, Store
 from ipd_ray.checks import (
     check_config,
     check_data,
@@ -22,13 +22,14 @@ from ipd_ray.checks import (
     remarks,
 )
 from ipd_ray.config import RunConfig, as_yaml, build
-from ipd_ray.data.columns import read_columns, write_columns
+from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
 from ipd_ray.data.shards import read_entry
 from ipd_ray.engine import Engine, LocalEngine
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate, total
+from ipd_ray.files import write_atomic
 from ipd_ray.listeners import recorders
 from ipd_ray.pipeline import STEPS, Context, copy_policy, run_until, state_of, summarise
 from ipd_ray.progress import Listener, Listeners
@@ -65,7 +66,7 @@ def run(
     try:
         _check_before_loading(config, folder, store, until)
         with holding(folder), _tidy(store):
-            context = _prepared(dataset, config, folder, store, until, others, cache=store / "cache")
+            context = _prepared(dataset, config, folder, store, until, others, cache=store / "data")
             check_disk(context, until)
             work_left = any(row["state"] != "reused" for row in state_of(context, until))
             engine = make_engine(config, context.device) if work_left else LocalEngine(1)
@@ -85,7 +86,7 @@ def plan(
     folder = run_folder(dataset, config, run_dir)
     store = store_of(config, folder)
     _check_before_loading(config, folder, store, until)
-    cache = store / "cache" if store.exists() else None
+    cache = store / "data" if store.exists() else None
     context = _prepared(dataset, config, folder, store, until, Listeners(), cache=cache)
     workers = processes(config, context.device)
     rows = estimate(context, until, workers)
@@ -121,10 +122,10 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
     """
     config = build(run.config)
     identity = run.identity
-    columns = run.store / "data" / f"{identity['content_hash'][:24]}.safetensors"
+    columns = columns_path(run.store / "data", identity["content_hash"])
     log = LogRef(str(columns), config.data, config.seed)
     if read_columns(columns) is None:
-        write_columns(columns, load(identity["dataset"]), [])
+        write_columns(columns, load(identity["dataset"]))
     job = DistillJob(
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds), log=log, values=str(run.artifact("values")),
         world_model=str(run.artifact("world_model")), imagination=str(run.artifact("imagine")),

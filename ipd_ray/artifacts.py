@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ipd_ray.data.transitions import digest as array_digest
 from ipd_ray.errors import UserError
+from ipd_ray.files import write_atomic
 
 SCHEMA = 1
 """Version of the folder layout above; an artifact of another is refused with the remedy."""
@@ -60,19 +61,6 @@ def numeric_platform() -> dict[str, str]:
         "cpu": f"{platform_module.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
     }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:

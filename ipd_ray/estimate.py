@@ -19,6 +19,7 @@ import torch
 
 from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RunConfig
+from ipd_ray.data.columns import columns_path
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
@@ -114,7 +115,7 @@ def estimate_disk(context: Context, until: str) -> int:
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:
-    path = context.store.root / "data" / f"{context.transitions.content_hash[:24]}.safetensors"
+    path = columns_path(context.store.root / "data", context.transitions.content_hash)
     return 0 if path.exists() else round(_log_bytes(sizes))
 
 

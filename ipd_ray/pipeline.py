@@ -15,7 +15,7 @@ from typing import Any
 
 from ipd_ray.artifacts import Artifact, Store, Workspace, folder_bytes, make_key
 from ipd_ray.config import DistillConfig, RunConfig
-from ipd_ray.data.columns import read_columns, write_columns
+from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.shards import read_entry
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distill import fit as distill_fit
@@ -149,9 +149,9 @@ class Context:
     @cached_property
     def log(self) -> LogRef:
         """The converted log in the store, written where it is missing."""
-        path = self.store.root / "data" / f"{self.transitions.content_hash[:24]}.safetensors"
-        if not path.exists() or read_columns(path) is None:
-            write_columns(path, self.transitions, [])
+        path = columns_path(self.store.root / "data", self.transitions.content_hash)
+        if read_columns(path) is None:
+            write_columns(path, self.transitions)
         return LogRef(str(path), self.config.data, self.config.seed)
 
     def path(self, part: Part) -> str:

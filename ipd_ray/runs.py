@@ -184,7 +184,7 @@ class Stored:
 
     path: Path
     step: str
-    """The step that made it; data and cache: the converted log."""
+    """The step that made it; data: a converted log."""
     state: str
     """done, partial (of a run that was stopped) or working (owned by a live process)."""
     bytes: int
@@ -206,10 +206,8 @@ def list_store(store: Path, *roots: Path) -> list[Stored]:
         if path.name.endswith(".partial"):
             state = "working" if _owned(path) else "partial"
         out.append(Stored(path, path.parent.name, state, folder_bytes(path), tuple(used.get(key, ()))))
-    for folder in ("data", "cache"):
-        for path in sorted((store / folder).glob("*.safetensors")):
-            key = _content_hash(path)[:24]
-            out.append(Stored(path, folder, "done", path.stat().st_size, tuple(used.get(key, ()))))
+    for path in sorted((store / "data").glob("*.safetensors")):
+        out.append(Stored(path, "data", "done", path.stat().st_size, tuple(used.get(path.stem, ()))))
     return out
 
 
@@ -240,17 +238,6 @@ def _owned(folder: Path) -> bool:
         return True
     lease.release()
     return False
-
-
-def _content_hash(path: Path) -> str:
-    """Hash of a converted log, from the file's header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return (file.metadata() or {}).get("content_hash", "")
-    except (OSError, SafetensorError):
-        return ""
 
 
 def folder_bytes(path: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipd_ray.artifacts import Artifact, Workspace, prefixed, write_atomic
+from ipd_ray.artifacts import Artifact, Workspace, prefixed
 from ipd_ray.config import (
     AcceptConfig,
     DataConfig,
@@ -41,6 +41,7 @@ from ipd_ray.distill.fit import (
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.episodes import evaluate
+from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
@@ -70,7 +71,7 @@ def _load_log(ref: LogRef) -> Log:
     found = read_columns(Path(ref.path))
     if found is None:
         raise FileNotFoundError(f"the converted log {ref.path} is gone or damaged: run again, it is converted anew.")
-    return prepare(found[0], ref.data, ref.seed)
+    return prepare(found, ref.data, ref.seed)
 
 
 @dataclass(frozen=True)

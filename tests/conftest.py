@@ -75,7 +75,7 @@ def point_mass(episodes: int = 12, length: int = 40, seed: int = 0) -> Transitio
 def tiny_log(tmp_path_factory: pytest.TempPathFactory) -> LogRef:
     """A converted log of 480 steps."""
     path = tmp_path_factory.mktemp("log") / "log.safetensors"
-    write_columns(path, point_mass(), [])
+    write_columns(path, point_mass())
     return LogRef(str(path), DataConfig(holdout_fraction=0.25), 0)
 
 

@@ -31,10 +31,10 @@ from ipd_ray.artifacts import (
     read_jsonl,
     stripped,
     tensor_digest,
-    write_atomic,
 )
 from ipd_ray.config import RunConfig, ValuesConfig, load
 from ipd_ray.errors import UserError
+from ipd_ray.files import write_atomic
 from ipd_ray.pipeline import Parts
 
 KEY = "0123456789abcdef" * 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 import zlib
@@ -20,8 +19,13 @@ from ipd_ray.data.transitions import Spec, Transitions
 SCHEMA = 1
 
 
-def write_columns(path: Path, transitions: Transitions, warnings: list[str]) -> None:
-    """Write a log, and what was to say about it when it was converted, atomically."""
+def columns_path(folder: Path, content_hash: str) -> Path:
+    """Where a folder keeps the log of a content."""
+    return folder / f"{content_hash[:24]}.safetensors"
+
+
+def write_columns(path: Path, transitions: Transitions) -> None:
+    """Write a log atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     columns = {name: np.ascontiguousarray(values) for name, values in transitions.columns().items()}
@@ -29,7 +33,6 @@ def write_columns(path: Path, transitions: Transitions, warnings: list[str]) -> 
         "schema": str(SCHEMA),
         "spec": transitions.spec.to_json(),
         "content_hash": transitions.content_hash,
-        "warnings": json.dumps(warnings),
         "checksum": _checksum(columns),
     }
     try:
@@ -39,8 +42,8 @@ def write_columns(path: Path, transitions: Transitions, warnings: list[str]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def read_columns(path: Path) -> tuple[Transitions, list[str]] | None:
-    """Return a log and its warnings, or None where the file is missing, damaged or of another schema: convert again."""
+def read_columns(path: Path) -> Transitions | None:
+    """Return a log, or None where the file is missing, damaged or of another schema: convert again."""
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
@@ -51,7 +54,7 @@ def read_columns(path: Path) -> tuple[Transitions, list[str]] | None:
             return None
         transitions = Transitions(**columns, spec=Spec.from_json(header["spec"]))
         transitions.__dict__["content_hash"] = header["content_hash"]  # spares hashing the log again
-        return transitions, json.loads(header["warnings"])
+        return transitions
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -133,7 +133,7 @@ def write_minari(
     ref_scores: raw returns that count as 0 and 100.
     metadata: further entries of Minari's metadata.json.
     """
-    root = datasets_path() if root is None else root
+    root = (datasets_path() if root is None else root).absolute()  # minari joins a relative one twice
     target = root / check_id(dataset_id)
     if target.exists() and not replace:
         raise UserError(

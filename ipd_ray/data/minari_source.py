@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,12 @@ from minari.dataset.minari_storage import MinariStorage
 from minari.storage.hosting import get_cloud_storage
 from numpy.typing import NDArray
 
-from ipd_ray.data.columns import read_columns, write_columns
+from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.demo import DEMO_ID, demo_root, make_demo
 from ipd_ray.data.export import ROOT_VARIABLE, datasets_path
 from ipd_ray.data.transitions import Floats, Spec, Transitions, check
 from ipd_ray.errors import UserError, near_name
+from ipd_ray.files import write_atomic
 
 __all__ = ["datasets_path", "load", "local_ids"]
 
@@ -56,20 +58,26 @@ def load(dataset_id: str, cache: Path | None = None, download: bool = True) -> T
     """Return a Minari dataset as transitions: the local one, else the remote one where download is set.
 
     dataset_id: a Minari id, or `demo`.
-    cache: folder for the converted columns; a second load reads them instead of the dataset.
+    cache: folder for the converted columns, a file named by content and an index entry; a second load reads these.
     """
     data = _locate(dataset_id, download) / "data"
     metadata = _metadata(data)
     if cache is None:
         return _convert(data, metadata)[0]
-    path = cache / f"{_identity(data, metadata)}.safetensors"
-    cached = read_columns(path)
-    if cached is None:
-        cached = _convert(data, metadata)
-        write_columns(path, *cached)
-    else:
-        _report(cached[1])
-    return cached[0]
+    index = cache / f"{_identity(data, metadata)}.json"
+    try:
+        entry = json.loads(index.read_text())
+        cached = read_columns(columns_path(cache, entry["content_hash"]))
+        if cached is not None:
+            _report(entry["warnings"])
+            return replace(cached, spec=Spec(**entry["spec"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # missing, damaged or of another version: convert again
+    transitions, warnings = _convert(data, metadata)
+    write_columns(columns_path(cache, transitions.content_hash), transitions)
+    entry = {"content_hash": transitions.content_hash, "spec": asdict(transitions.spec), "warnings": warnings}
+    write_atomic(index, json.dumps(entry))
+    return transitions
 
 
 def local_ids() -> list[str]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from string import Template
 
-from ipd_ray.artifacts import write_atomic
+from ipd_ray.files import write_atomic
 from ipd_ray.report import figures
 from ipd_ray.report.findings import findings
 from ipd_ray.report.markup import escape, maybe, panel, panels_of, percent, remark

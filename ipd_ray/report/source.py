@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import RunConfig, load
-from ipd_ray.data.columns import read_columns
+from ipd_ray.data.columns import columns_path, read_columns
 from ipd_ray.data.shards import Segments, concatenate, read_entry, read_shard
 from ipd_ray.data.transitions import Log, prepare
 from ipd_ray.errors import UserError
@@ -105,8 +105,8 @@ class View:
         """The converted log, or None where the store has it no longer."""
         if self.config is None:
             return None
-        found = read_columns(self.run.store / "data" / f"{self.identity['content_hash'][:24]}.safetensors")
-        return prepare(found[0], self.config.data, int(self.identity["seed"])) if found else None
+        found = read_columns(columns_path(self.run.store / "data", self.identity["content_hash"]))
+        return prepare(found, self.config.data, int(self.identity["seed"])) if found else None
 
     @cached_property
     def reward_scale(self) -> float | None:

@@ -92,7 +92,7 @@ def write_run(
     """A run folder with all parts; `changes` updates their diagnostics."""
     store = folder.parent / f"store-{folder.name}"
     data = transitions(dataset)
-    write_columns(store / "data" / f"{data.content_hash[:24]}.safetensors", data, [])
+    write_columns(store / "data" / f"{data.content_hash[:24]}.safetensors", data)
     links = {}
     for name, diagnostics in HEALTHY.items():
         step, key = name.partition(":")[0], name.replace(":", "-").ljust(24, "0")
