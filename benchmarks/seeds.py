@@ -1,7 +1,7 @@
 """One dataset and preset over several seeds: return of the policy, of its ablations and of the data.
 
-    python benchmarks/seeds.py demo --preset demo --seeds 0 1 2 3 4
-    python benchmarks/seeds.py bench/hopper/mixed-v0 --preset gym-small --seeds 0 1 2 [section.field=value ...]
+    python benchmarks/seeds.py demo --preset demo --seeds 0,1,2,3,4
+    python benchmarks/seeds.py bench/hopper/mixed-v0 --preset gym-small --seeds 0,1,2 [section.field=value ...]
 
 Runs go to runs/seeds/, one JSON a seed to benchmarks/results/; what is done is not done again. The table shows every
 seed's number, the median, and the paired differences with their standard errors.
@@ -57,9 +57,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--preset", required=True)
     parser.add_argument("--label", help="name of the variation in file names; the preset where not given")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    args = parser.parse_args()
-    rows = [one(args.dataset, args.preset, s, args.overrides, args.label or args.preset) for s in args.seeds]
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    args = parser.parse_intermixed_args()
+    rows = [one(args.dataset, args.preset, s, args.overrides, args.label or args.preset) for s in map(int, args.seeds.split(","))]
     others = [name for name in ("bc", "no_imagination") if all(name in r for r in rows)]
     data = rows[0]["data"]
     print(f"{args.dataset}, {args.preset}: data mean {data['return_mean']:.0f}, best {data['return_max']:.0f}")

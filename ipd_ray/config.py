@@ -215,8 +215,9 @@ class DistillConfig(Section):
     """Norm that the gradient is clipped to."""
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay of the moving average of the weights, which is the policy that is kept; 0 keeps the last weights."""
-    eta: NonNegativeFloat = 0.5
-    """Weight of the value term - eta * Q(s, pi) / scale. 0 is pure imitation."""
+    eta: NonNegativeFloat = 0.0
+    """Weight of the value term - eta * Q(s, pi) / scale; 0 leaves it out. Pays where Q is good on every action, as on small
+    tasks (0.5), harms where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
     eta_warmup: Fraction = 0.2
     """Share of the updates over which eta rises from zero: a random policy asks Q where no data lies."""
     critic_scale: Literal["std", "mean_abs"] = "std"
@@ -227,7 +228,7 @@ class DistillConfig(Section):
     reuse_cap: PositiveFloat = 10.0
     """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where
     few passed."""
-    data_temperature: NonNegativeFloat = 0.0
+    data_temperature: NonNegativeFloat = 1.0
     """Real steps are imitated with weight min(exp(this * A / mean|A|), 20) / mean; 0 weighs all alike (the paper)."""
     prompt: Literal["value", "outcome", "fixed", "none"] = "value"
     """What the policy is conditioned on. value: V(s); outcome: the return-to-go that followed, V's upper expectile when

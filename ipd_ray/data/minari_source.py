@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"
 """Alias of the demo's dataset, which is made where it is missing."""
 
-REMOTE_SECONDS = 15.0
+REMOTE_SECONDS = 5.0
 """How long Minari's remote may take to list a namespace before it counts as out of reach."""
 
 Path_ = tuple[str, ...]
@@ -133,7 +133,9 @@ def _remote_ids(dataset_id: str) -> tuple[list[str], str]:
 
     def ask() -> None:
         try:
-            found.extend(get_cloud_storage().list_datasets(prefix=dataset_id.split("/")[0]))
+            storage = get_cloud_storage()
+            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries say nothing to a user
+            found.extend(storage.list_datasets(prefix=dataset_id.split("/")[0]))
         except Exception as error:  # whatever the remote's client raises when it is out of reach
             failure.append(error)
 
