@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from ipd_ray.pipeline import STEPS, Context, copy_policy, run_until, state_of, s
 from ipd_ray.progress import Listener, Listeners
 from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, user_file
 from ipd_ray.steps import DistillJob, LogRef, Place
+from ipd_ray.training import cores
 
 
 def run(
@@ -191,8 +191,7 @@ def make_engine(config: RunConfig, device: str) -> Engine:
 
 def processes(config: RunConfig, device: str) -> int:
     """Workers of the local engine: one on a GPU, else `runtime.actors` or as many as there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device.startswith("cuda") else config.runtime.actors or cores
+    return 1 if device.startswith("cuda") else config.runtime.actors or cores()
 
 
 # ---- the run folder

@@ -19,7 +19,7 @@ from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.shards import read_entry
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distill import fit as distill_fit
-from ipd_ray.engine import Engine, Task, distill_task
+from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
@@ -36,7 +36,7 @@ from ipd_ray.steps import (
     run_values,
     run_world_model,
 )
-from ipd_ray.training import resolve_device
+from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
@@ -329,10 +329,7 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
 
 def train_threads(config: RunConfig) -> int:
     """CPU threads of one distillation worker."""
-    import os
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return config.runtime.train_threads or max(1, cores // config.runtime.workers)
+    return config.runtime.train_threads or max(1, cores() // config.runtime.workers)
 
 
 def _call(functions: list[CurveTail]) -> None:
@@ -404,5 +401,3 @@ def state_of(context: Context, last: str = "evaluate") -> list[dict[str, Any]]:
         rows.append({"step": part.name, "key": part.key[:24], "state": state, "bytes": size})
     return rows
 
-
-__all__ = ["Context", "Parts", "copy_policy", "distill_task", "run_until", "state_of", "summarise"]

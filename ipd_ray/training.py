@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -66,6 +67,11 @@ def set_threads(threads: int) -> None:
     """Give this process `threads` CPU threads for tensor work."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(name: str) -> str:
