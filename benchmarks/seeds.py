@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--label", help="name of the variation in file names; the preset where not given")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     args = parser.parse_intermixed_args()
-    rows = [one(args.dataset, args.preset, s, args.overrides, args.label or args.preset) for s in map(int, args.seeds.split(","))]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    rows = [one(args.dataset, args.preset, seed, args.overrides, args.label or args.preset) for seed in seeds]
     others = [name for name in ("bc", "no_imagination") if all(name in r for r in rows)]
     data = rows[0]["data"]
     print(f"{args.dataset}, {args.preset}: data mean {data['return_mean']:.0f}, best {data['return_max']:.0f}")

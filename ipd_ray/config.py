@@ -216,8 +216,8 @@ class DistillConfig(Section):
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay of the moving average of the weights, which is the policy that is kept; 0 keeps the last weights."""
     eta: NonNegativeFloat = 0.0
-    """Weight of the value term - eta * Q(s, pi) / scale; 0 leaves it out. Pays where Q is good on every action, as on small
-    tasks (0.5), harms where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
+    """Weight of the value term - eta * Q(s, pi) / scale; 0 leaves it out. Pays where Q is good on every action, as on
+    small tasks (0.2), harms where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
     eta_warmup: Fraction = 0.2
     """Share of the updates over which eta rises from zero: a random policy asks Q where no data lies."""
     critic_scale: Literal["std", "mean_abs"] = "std"
