@@ -20,7 +20,7 @@ SETTINGS = [
     "imagine.length=4", "imagine.shard_size=8",
     "accept.threshold=1000.0", "accept.range_margin=2.0", "accept.min_length=1", "accept.margin=0.0",
     "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.context=4", "policy.max_timestep=200",
-    "distill.updates=40", "distill.batch_size=16", "distill.warmup=5",
+    "distill.updates=40", "distill.batch_size=16", "distill.warmup=5", "distill.eta=0.5",
     "evaluate.episodes=2", "evaluate.max_steps=30", "runtime.train_threads=1",
 ]
 

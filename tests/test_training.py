@@ -55,7 +55,7 @@ def distill_trainer() -> DistillTrainer:
     weight = np.ones(len(log.reward), np.float32)
     material = Material(log, segments, np.array([True, True]), np.array([4, 3]), prompts, weight, critic, 1.0)
     policy = PolicyConfig(context=3, layers=1, heads=2, width=8, dropout=0.3)
-    config = DistillConfig(updates=20, batch_size=8, warmup=5)
+    config = DistillConfig(updates=20, batch_size=8, warmup=5, eta=0.5)
     return DistillTrainer(material, policy, config, seed=0, device="cpu")
 
 

@@ -76,7 +76,7 @@ def bandit() -> ValueFunctions:
     """One state, one step: action +-0.9 at even odds returns +-1, in the unit of 40."""
     sign = np.where(np.arange(64) % 2 == 0, 1.0, -1.0)
     episodes: list[Episode] = [([[0.5], [0.5]], [[0.9 * s]], [40.0 * s], True) for s in sign]
-    return learned(log_of(episodes), expectile=0.9, prompt_expectile=0.75, advantage_temperature=3.0)
+    return learned(log_of(episodes), expectile=0.9, prompt_expectile=0.75, advantage_temperature=3.0, batch_size=1024)
 
 
 def test_v_is_the_expectile_over_actions():
