@@ -39,6 +39,7 @@ def one(dataset: str, preset: str, seed: int, overrides: list[str], label: str) 
         return json.loads(result.read_text())
     config = configs.load(preset, None, [*overrides, f"seed={seed}"])
     summary = run(dataset, config, run_dir=Path("runs/seeds") / name)
+    del summary["run_dir"]  # of this machine alone
     summary |= {"preset": preset, "overrides": overrides, "commit": commit(), "platform": numeric_platform()}
     write_atomic(result, json.dumps(summary, indent=1))
     return summary
