@@ -437,8 +437,3 @@ class Store:
         for path in sorted(self.root.glob("*/*/artifact.json")):
             if not path.parent.name.endswith(".partial"):
                 yield Artifact(path.parent)
-
-
-def folder_bytes(path: Path) -> int:
-    """Return what a folder takes on disk."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

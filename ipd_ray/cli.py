@@ -589,7 +589,8 @@ def runs_rm(
 ) -> None:
     """Delete a run's folder, its policy included. What it has in the store stays until `store prune`."""
     from ipd_ray.api import holding
-    from ipd_ray.runs import folder_bytes, human_bytes, open_run, remove
+    from ipd_ray.files import folder_bytes
+    from ipd_ray.runs import human_bytes, open_run, remove
 
     found = open_run(run, runs_dir)
     _confirm(f"delete {_near(found.path)} ({human_bytes(folder_bytes(found.path))}, policy included)?", yes)

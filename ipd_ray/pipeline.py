@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ipd_ray.artifacts import Artifact, Store, Workspace, folder_bytes, make_key
+from ipd_ray.artifacts import Artifact, Store, Workspace, make_key
 from ipd_ray.config import DistillConfig, RunConfig
 from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.shards import read_entry
@@ -23,6 +23,7 @@ from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.files import folder_bytes
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener
 from ipd_ray.steps import (

@@ -16,6 +16,7 @@ from typing import Any
 
 from ipd_ray.config import flatten, read_yaml
 from ipd_ray.errors import UserError, near_name
+from ipd_ray.files import folder_bytes
 
 SCHEMA = 1
 """Version of the folder's layout."""
@@ -238,11 +239,6 @@ def _owned(folder: Path) -> bool:
         return True
     lease.release()
     return False
-
-
-def folder_bytes(path: Path) -> int:
-    """Return what a folder takes on disk."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def human_bytes(size: float) -> str:

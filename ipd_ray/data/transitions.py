@@ -248,6 +248,13 @@ def floored_std(values: NDArray[np.float64]) -> Floats:
     return np.maximum(std, max(1e-3 * float(std.max()), 1e-8)).astype(np.float32)
 
 
+def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Spearman's rho of two columns (N,); 0 where one is constant."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+
+
 def reward_scale(transitions: Transitions, transform: str) -> float:
     """Return the factor of the one reward transform (never a shift: it would change what termination is worth)."""
     returns = transitions.episode_return

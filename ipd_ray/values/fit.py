@@ -19,7 +19,7 @@ from ipd_ray.artifacts import (
     stripped,
 )
 from ipd_ray.config import ValuesConfig
-from ipd_ray.data.transitions import Log
+from ipd_ray.data.transitions import Log, rank_correlation
 from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
 from ipd_ray.values.losses import advantage_weights, expectile_loss
@@ -194,13 +194,6 @@ def bootstrapped_returns(log: Log, v: Any, device: str) -> NDArray[np.float32]:
     ends = log.transitions.episode_start[1:] - 1
     v_end = evaluate_in_chunks(v, log.transitions.next_observation[ends], device=device)
     return (partial + weight * v_end[log.transitions.episode]).astype(np.float32)
-
-
-def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Spearman's rho of two columns (N,); 0 where one is constant."""
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
 
 
 def diagnose(model: ValueFunctions, log: Log, device: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
-from ipd_ray.data.transitions import Log, floored_std
+from ipd_ray.data.transitions import Log, floored_std, rank_correlation
 from ipd_ray.layers import block_generator
 from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
@@ -248,7 +248,7 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
     linear = np.square((design[held] @ weights - target[held]) / std)
     constant = np.square((mean - target[held]) / std)
     per_step = error.mean(1)
-    ranks = [float(np.corrcoef(np.argsort(np.argsort(kind)), np.argsort(np.argsort(per_step)))[0, 1]) for kind in u]
+    ranks = [rank_correlation(kind, per_step) for kind in u]
     alarm, truth = np.concatenate(done) > 0.5, t.terminal[held]
     sample = np.random.default_rng(0).choice(len(held), min(len(held), 2000), replace=False)
     return {
