@@ -35,6 +35,8 @@ from ipd_ray.files import write_atomic
 SCHEMA = 1
 """Version of the folder layout above; an artifact of another is refused with the remedy."""
 CHECKPOINT = "checkpoint.safetensors"
+SNAPSHOT = "snapshot-"
+"""What the names of tensors that were kept on the way begin with."""
 
 
 def make_key(step: str, version: int, *, seed: int, sections: Mapping[str, Any], upstream: Mapping[str, str]) -> str:
@@ -162,6 +164,11 @@ class Workspace:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors of an update on the way in the artifact; `Artifact.snapshots` finds them."""
+        require_finite(tensors, f"the snapshot of step {step}")
+        save_tensors(self.path / f"{SNAPSHOT}{step:09d}.safetensors", tensors, {"step": step})
+
     def finish(self, tensors: Mapping[str, Tensor], diagnostics: Mapping[str, Any], **described: Any) -> None:
         """Write the result; the store's rename is what makes it an artifact."""
         require_finite(tensors, "the result")
@@ -255,6 +262,12 @@ class Artifact:
         if verify and tensor_digest(tensors) != self.digest:
             raise UserError(f"{self.path}: the tensors do not match their digest: remove the folder and run again.")
         return tensors
+
+    def snapshots(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (update, tensors) of what was kept on the way, in order."""
+        for path in sorted(self.path.glob(f"{SNAPSHOT}*.safetensors")):
+            tensors, meta = load_tensors(path)
+            yield int(meta["step"]), tensors
 
     def curve(self) -> list[dict[str, Any]]:
         """Return the learning curve."""

@@ -171,6 +171,8 @@ class AcceptConfig(Section):
     """An accepted segment beats the data and V(s_0) by this many standard deviations of V."""
     range_margin: NonNegativeFloat = 0.05
     """Imagined observations may leave the log's range by this share of it."""
+    share: Fraction = 1.0
+    """Share of the accepted segments that are used, drawn at random: for a curve of gain against volume."""
 
 
 class PolicyConfig(Section):
@@ -178,6 +180,9 @@ class PolicyConfig(Section):
 
     context: PositiveInt = 20
     """K, steps the policy sees: prompt, observation and action of each."""
+    tokens: Literal["step", "separate"] = "step"
+    """step: one token a step, of prompt, observation and the action before; separate: three (the paper's), at three
+    times the cost."""
     layers: PositiveInt = 4
     """Blocks."""
     heads: PositiveInt = 4
@@ -215,6 +220,8 @@ class DistillConfig(Section):
     """Norm that the gradient is clipped to."""
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
     """Decay of the moving average of the weights, which is the policy that is kept; 0 keeps the last weights."""
+    snapshots: PositiveInt = 4
+    """Policies kept along the way, at equal distances, the last one included; evaluation scores each."""
     eta: NonNegativeFloat = 0.0
     """Weight of the value term - eta * Q(s, pi) / scale; 0 leaves it out. Pays where Q is good on every action, as on
     small tasks (0.2), harms where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
@@ -230,6 +237,8 @@ class DistillConfig(Section):
     few passed."""
     data_temperature: NonNegativeFloat = 1.0
     """Real steps are imitated with weight min(exp(this * A / mean|A|), 20) / mean; 0 weighs all alike (the paper)."""
+    advantage_lambda: Fraction = 0.9
+    """lambda of that advantage: 0 looks one step ahead and trusts V there, 1 takes the return the episode came to."""
     prompt: Literal["value", "outcome", "fixed", "none"] = "value"
     """What the policy is conditioned on. value: V(s); outcome: the return-to-go that followed, V's upper expectile when
     acting; fixed: raw return-to-go and a hand-set target, as Decision Transformer; none: nothing."""
@@ -248,6 +257,10 @@ class EvaluateConfig(Section):
     """First seed of the environments; episode i uses seed + i."""
     max_steps: PositiveInt | None = None
     """Steps an episode at most; the environment's own limit where not given."""
+    candidates: PositiveInt = 1
+    """Actions that Q ranks at every step: the policy's own, and noisy ones around it. 1: the policy's own is taken."""
+    candidate_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Std of that noise, in rescaled action units ([-1, 1])."""
 
 
 class RuntimeConfig(Section):

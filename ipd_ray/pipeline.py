@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ipd_ray.artifacts import Artifact, Store, Workspace, make_key
+from ipd_ray.artifacts import SNAPSHOT, Artifact, Store, Workspace, make_key
 from ipd_ray.config import DistillConfig, RunConfig
 from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.shards import read_entry
@@ -374,10 +374,13 @@ def summarise(context: Context) -> dict[str, Any]:
     for variant, part in parts.evaluate.items():
         if part.name in found:
             scores = found[part.name].diagnostics
-            summary["policy" if variant == "ipd" else variant] = {
+            where = "policy" if variant == "ipd" else variant
+            summary[where] = {
                 k: scores[k]
                 for k in ("return_mean", "return_std", "normalised", "episodes", "discounted_mean", "value_at_start")
             }
+            best = scores["best"]
+            summary[where]["best"] = {k: best[k] for k in ("step", "return_mean", "normalised")}
     return summary
 
 
@@ -386,7 +389,7 @@ def copy_policy(context: Context, folder: Path) -> None:
     source = Path(context.path(context.parts.distill["ipd"]))
     target, fresh = folder / "policy", folder / ".policy.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
+    shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(f"{SNAPSHOT}*"))
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
 

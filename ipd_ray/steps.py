@@ -46,7 +46,14 @@ from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summari
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.training import set_threads
-from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks, fit_values, load_values
+from ipd_ray.values.fit import (
+    bootstrapped_returns,
+    evaluate_in_chunks,
+    fit_values,
+    generalised_advantage,
+    load_values,
+    value_at_ends,
+)
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.ensemble import WorldModel
 from ipd_ray.world_model.fit import fit_world_model, load_world_model
@@ -209,8 +216,10 @@ class DistillJob:
         v = evaluate_in_chunks(values.v, t.observation, device=device)
         weight = np.ones(len(t), np.float32)
         if self.distill.data_temperature > 0:
-            q = evaluate_in_chunks(lambda s, a: values.q(s, a).amin(0), t.observation, t.action, device=device)
-            weight = advantage_weight(q - v, self.distill.data_temperature)
+            advantage = generalised_advantage(
+                log, v, value_at_ends(log, values.v, device), self.distill.advantage_lambda
+            )
+            weight = advantage_weight(advantage, self.distill.data_temperature)
         material = Material(
             log,
             segments,
@@ -304,6 +313,7 @@ class DistillJob:
             policy=self.policy.model_dump(mode="json"),
             values=described,
             target_return=target,
+            updates=self.distill.updates,
         )
 
 
@@ -321,10 +331,25 @@ def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig) -
     workspace = place.workspace(work)
     workspace.rewind({})  # an evaluation that was cut off begins anew
     artifact = Artifact(Path(policy))
-    acting = Policy(artifact.described, artifact.tensors(), place.device)
-    scores = evaluate(
-        acting, config, progress=lambda steps, share: workspace.log(steps, steps, {"episodes_ended": share})
-    )
+    tensors, last = artifact.tensors(), int(artifact.described["updates"])
+    policies: list[tuple[int, dict[str, torch.Tensor]]] = [*artifact.snapshots(), (last, {})]
+    curve: list[dict[str, Any]] = []
+    begun = 0  # environment steps of the policies before
+    for step, changed in policies:
+        acting = Policy(
+            artifact.described, {**tensors, **changed}, place.device,
+            candidates=config.candidates, candidate_std=config.candidate_std,
+        )
+
+        def report(steps: int, share: float, begun: int = begun) -> None:
+            done = begun + steps
+            workspace.log(done, done, {"episodes_ended": (len(curve) + share) / len(policies)})
+
+        scores = evaluate(acting, config, progress=report)
+        curve.append({"step": step, **{name: scores[name] for name in ("return_mean", "normalised", "returns")}})
+        begun += max(scores["lengths"])
+    scores["curve"] = curve
+    scores["best"] = max(curve, key=lambda point: point["return_mean"])
     workspace.finish({"returns": torch.tensor(scores["returns"], dtype=torch.float64)}, scores)
 
 

@@ -57,9 +57,9 @@ def train(
             now = time.monotonic()
             if workspace:
                 workspace.log(step + 1, total, {**metrics, "updates_per_second": count / max(now - began, 1e-9)})
-                if workspace.due() and step + 1 < total:
-                    workspace.checkpoint(step + 1, trainer.state())
-            yield step + 1, metrics
+            yield step + 1, metrics  # what the caller keeps of this line is there before a checkpoint goes beyond it
+            if workspace and workspace.due() and step + 1 < total:
+                workspace.checkpoint(step + 1, trainer.state())
             sums, count, began = {}, 0, now
 
 

@@ -22,7 +22,7 @@ from ipd_ray.distill.windows import Prompts, Windows
 from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 
-VERSION = 1
+VERSION = 2
 _STREAM = 66
 
 
@@ -222,8 +222,13 @@ class DistillTrainer:
 def fit_policy(
     trainer: DistillTrainer, config: DistillConfig, workspace: Workspace | None
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Step 5: yield learning curve lines until the policy is done."""
-    yield from train(trainer, config.updates, workspace, log_every=min(200, max(1, config.updates // 20)))
+    """Step 5: yield learning curve lines until the policy is done; leave `config.snapshots` - 1 policies on the way."""
+    every = min(200, max(1, config.updates // 20))
+    for step, metrics in train(trainer, config.updates, workspace, log_every=every):
+        before, reached = ((s * config.snapshots) // config.updates for s in (step - every, step))
+        if workspace and before < reached < config.snapshots:
+            workspace.keep(step, prefixed("policy", trainer.policy_state()))
+        yield step, metrics
 
 
 def uniform_action_spread(critic: CriticFn, observation: NDArray[np.float32], action_dim: int, device: str) -> float:

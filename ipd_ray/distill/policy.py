@@ -31,9 +31,11 @@ class Block(nn.Module):
 
 
 class TransformerPolicy(nn.Module):
-    """(prompt_t, s_t, a_t) tokens of K steps to the action at every s_t.
+    """Prompts, observations and actions of K steps to the action at every observation.
 
-    A token's only position is its timestep's learned embedding. Without a prompt its token is left out.
+    tokens=step: one token a step, the sum of the embeddings of prompt_t, s_t and a_{t-1}; the action before a window's
+    first step is not known: zero. tokens=separate: three a step, (prompt_t, s_t, a_t), as Decision Transformer
+    (arXiv:2106.01345); without a prompt its token is left out. A token's only position is its timestep's embedding.
     """
 
     observation_mean: Tensor
@@ -45,7 +47,7 @@ class TransformerPolicy(nn.Module):
 
     def __init__(self, observation_dim: int, action_dim: int, config: PolicyConfig, *, prompted: bool):
         super().__init__()
-        self.prompted, self.max_timestep = prompted, config.max_timestep
+        self.prompted, self.max_timestep, self.separate = prompted, config.max_timestep, config.tokens == "separate"
         self.embed_observation = nn.Linear(observation_dim, config.width)
         self.embed_action = nn.Linear(action_dim, config.width)
         self.embed_prompt = nn.Linear(1, config.width) if prompted else None
@@ -69,26 +71,32 @@ class TransformerPolicy(nn.Module):
         prompt_BK: in its own units, clipped here to the range seen in training. observation_BKO: raw. action_BKA: the
         last one is not looked at. valid_BK: False on the left padding before an episode's start.
         """
-        B, K = timestep_BK.shape
         time = self.embed_timestep(timestep_BK.clamp(max=self.max_timestep - 1))
-        observation = (observation_BKO - self.observation_mean) / self.observation_std
-        tokens = [self.embed_observation(observation) + time, self.embed_action(action_BKA) + time]
+        observation = self.embed_observation((observation_BKO - self.observation_mean) / self.observation_std)
+        prompt = None
         if self.embed_prompt is not None:
             clipped = torch.minimum(torch.maximum(prompt_BK, self.prompt_low), self.prompt_high)
-            tokens.insert(0, self.embed_prompt(((clipped - self.prompt_mean) / self.prompt_std)[..., None]) + time)
-        kinds = len(tokens)
-        x_BNW = self.norm_in(torch.stack(tokens, 2).reshape(B, K * kinds, -1)[:, :-1])
-        mask = None if bool(valid_BK.all()) else _mask(valid_BK, kinds)
+            prompt = self.embed_prompt(((clipped - self.prompt_mean) / self.prompt_std)[..., None])
+        if self.separate:
+            parts = [observation, self.embed_action(action_BKA)]
+            tokens = [part + time for part in (parts if prompt is None else [prompt, *parts])]
+            kinds = len(tokens)
+            x_BNW = torch.stack(tokens, 2).flatten(1, 2)[:, :-1]  # the last action is what is asked for
+        else:
+            kinds = 1
+            before = F.pad(torch.where(valid_BK[:, :-1, None], action_BKA[:, :-1], 0.0), (0, 0, 1, 0))
+            x_BNW = observation + self.embed_action(before) + time + (0.0 if prompt is None else prompt)
+        x_BNW = self.norm_in(x_BNW)
+        mask = None if bool(valid_BK.all()) else _mask(valid_BK.repeat_interleave(kinds, 1)[:, : x_BNW.shape[1]])
         for block in self.blocks:
             x_BNW = block(x_BNW, mask)
-        at_observation = x_BNW[:, kinds - 2 :: kinds]
+        at_observation = x_BNW[:, max(kinds - 2, 0) :: kinds]
         return torch.tanh(self.head(self.norm_out(at_observation)))
 
 
-def _mask(valid_BK: Tensor, kinds: int) -> Tensor:
+def _mask(valid_BN: Tensor) -> Tensor:
     """(B, 1, N, N): causal, nothing looks at padding but itself (a row without any key would be NaN)."""
-    valid_BN = valid_BK.repeat_interleave(kinds, 1)[:, :-1]
     N = valid_BN.shape[1]
-    causal = torch.ones(N, N, dtype=torch.bool, device=valid_BK.device).tril()
-    itself = torch.eye(N, dtype=torch.bool, device=valid_BK.device)
+    causal = torch.ones(N, N, dtype=torch.bool, device=valid_BN.device).tril()
+    itself = torch.eye(N, dtype=torch.bool, device=valid_BN.device)
     return ((causal & valid_BN[:, None, :]) | itself)[:, None]

@@ -75,6 +75,10 @@ class TrainWorkspace(Workspace):
             self.write_checkpoint(Path(folder), step, tensors, meta)
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
+    def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        if self._reducer.rank == 0:
+            super().keep(step, tensors)
+
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         if self._reducer.rank == 0:
             super().log(step, total, metrics)

@@ -16,8 +16,11 @@ from ipd_ray.config import PolicyConfig
 from ipd_ray.data.transitions import Spec
 from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.errors import UserError
+from ipd_ray.layers import block_generator
 from ipd_ray.training import resolve_device
 from ipd_ray.values.fit import frozen, load_values
+
+_STREAM = 88
 
 
 class Policy:
@@ -28,7 +31,16 @@ class Policy:
     One policy object drives one environment or a batch of them; it remembers the last K steps of each.
     """
 
-    def __init__(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor], device: str = "auto"):
+    def __init__(
+        self,
+        described: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        device: str = "auto",
+        *,
+        candidates: int = 1,
+        candidate_std: float = 0.1,
+    ):
+        """candidates: actions that Q ranks at every step, the policy's own and some with noise of `candidate_std`."""
         device = resolve_device(device)
         self.spec = Spec(**described["spec"])
         self.reward_scale = float(described["reward_scale"])
@@ -45,10 +57,16 @@ class Policy:
         self._values = load_values(stripped("values", tensors), values, device)
         self._target = described.get("target_return")
         self._device, self._context, self._rows = device, config.context, 0
+        self._candidates, self._candidate_std = candidates, candidate_std
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto") -> Policy:
-        """Read a policy artifact: the `policy` folder of a run. Raises UserError where there is none."""
+    def load(
+        cls, path: str | Path, device: str = "auto", *, candidates: int = 1, candidate_std: float = 0.1
+    ) -> Policy:
+        """Read a policy artifact: the `policy` folder of a run. Raises UserError where there is none.
+
+        candidates, candidate_std: as in `evaluate.candidates`; 1 takes the policy's own action.
+        """
         folder = Path(path)
         if (folder / "policy" / "artifact.json").exists():
             folder = folder / "policy"
@@ -60,7 +78,7 @@ class Policy:
             raise UserError(
                 f"{path} is the artifact of step {described.get('step')!r}, not of distill: give a run's policy/."
             )
-        return cls(described, artifact.tensors(), device)
+        return cls(described, artifact.tensors(), device, candidates=candidates, candidate_std=candidate_std)
 
     def reset(self, mask: Any = None) -> None:
         """Forget the past: of every environment, or of those where `mask` (n,) is True."""
@@ -106,12 +124,22 @@ class Policy:
         s = torch.from_numpy(self.spec.flatten_observation(observation)).to(self._device)
         return np.asarray(self._values.v(s).cpu().numpy() / self.reward_scale, np.float32)
 
+    def _best_by_q(self, s_NO: Tensor, action_NA: Tensor) -> Tensor:
+        """The best by min Q of the policy's action and noisy ones around it. The same noise after every reset."""
+        shape = (self._candidates, *action_NA.shape)
+        noise = torch.randn(shape, generator=block_generator(0, _STREAM, self._acted)).to(action_NA.device)
+        noise[0] = 0.0
+        self._acted += 1
+        actions = (action_NA + self._candidate_std * noise).clamp(-1.0, 1.0)
+        best = self._values.q(s_NO.expand(self._candidates, -1, -1), actions).amin(0).argmax(0)
+        return actions[best, torch.arange(len(best), device=best.device)]
+
     def _start_target(self) -> float:
         return float(self._target) if self._target is not None else 0.0
 
     def _begin(self, rows: int) -> None:
         K, device = self._context, self._device
-        self._rows = rows
+        self._rows, self._acted = rows, 0
         self._observation = torch.zeros(rows, K, self._model.observation_mean.shape[0], device=device)
         self._action = torch.zeros(rows, K, self.spec.action_dim, device=device)
         self._prompt = torch.zeros(rows, K, device=device)
@@ -134,6 +162,8 @@ class Policy:
         valid = self._steps[:, None] + back >= 0
         timestep = (self._steps[:, None] + back).clamp(min=0)
         action = self._model(self._prompt, self._observation, self._action, timestep, valid)[:, -1]
+        if self._candidates > 1:
+            action = self._best_by_q(s, action)
         self._action[:, -1] = action
         self._steps += 1
         return action

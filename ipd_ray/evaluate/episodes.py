@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -13,10 +13,9 @@ from gymnasium.envs.registration import EnvSpec
 from ipd_ray.config import EvaluateConfig
 from ipd_ray.data.transitions import Spec
 from ipd_ray.errors import UserError, near_name
-from ipd_ray.evaluate.acting import Policy
 from ipd_ray.world_model.termination import import_dotted
 
-VERSION = 1
+VERSION = 2
 STEP_LIMIT = 100_000
 """Steps after which an episode counts as over where nothing else limits it."""
 
@@ -58,8 +57,21 @@ def environment_maker(spec: Spec, name: str | None, max_steps: int | None = None
     return lambda **kwargs: gym.make(env_spec, **limit, **kwargs)
 
 
+class Acting(Protocol):
+    """What episodes need of a policy; see ipd_ray.evaluate.acting.Policy."""
+
+    spec: Spec
+    discount: float
+
+    def reset(self, mask: Any = None) -> None: ...
+
+    def act(self, observation: Any, reward: Any = None) -> Any: ...
+
+    def value(self, observation: Any) -> Any: ...
+
+
 def evaluate(
-    policy: Policy, config: EvaluateConfig, *, progress: Callable[[int, float], None] | None = None
+    policy: Acting, config: EvaluateConfig, *, progress: Callable[[int, float], None] | None = None
 ) -> dict[str, Any]:
     """Run the policy for `episodes` whole episodes in float32 and return raw and normalised scores.
 

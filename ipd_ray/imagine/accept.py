@@ -12,6 +12,8 @@ from ipd_ray.config import AcceptConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 
+_SHARE_STREAM = 77
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -87,6 +89,8 @@ def accept(
     long_enough = length >= config.min_length
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
     accepted = long_enough & beats_own & beats_value
+    if config.share < 1.0:  # a smaller share is a part of a larger one
+        accepted &= np.random.default_rng(_SHARE_STREAM).random(S) < config.share
     reasons = (
         {
             "too_short": float((~long_enough).mean()),

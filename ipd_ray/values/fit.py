@@ -191,9 +191,36 @@ def evaluate_in_chunks(fn: Any, *columns: NDArray[np.float32], device: str, chun
 def bootstrapped_returns(log: Log, v: Any, device: str) -> NDArray[np.float32]:
     """G_t (T,): discounted return to the episode's end, V of the last observation added after a truncation."""
     partial, weight = log.return_parts
-    ends = log.transitions.episode_start[1:] - 1
-    v_end = evaluate_in_chunks(v, log.transitions.next_observation[ends], device=device)
+    v_end = value_at_ends(log, v, device)
     return (partial + weight * v_end[log.transitions.episode]).astype(np.float32)
+
+
+def value_at_ends(log: Log, v: Any, device: str) -> NDArray[np.float32]:
+    """V (E,) of the observation after each episode's last step."""
+    ends = log.transitions.episode_start[1:] - 1
+    return evaluate_in_chunks(v, log.transitions.next_observation[ends], device=device)
+
+
+def generalised_advantage(
+    log: Log, v: NDArray[np.float32], v_end: NDArray[np.float32], lam: float
+) -> NDArray[np.float32]:
+    """A_t (T,) of the log's own steps: sum_k (gamma lam)^k delta_{t+k} (GAE, Schulman et al. 2016, arXiv:1506.02438).
+
+    delta_t = r_t + gamma (1 - done_t) V(s_{t+1}) - V(s_t). v: (T,) V of every step's observation; v_end: (E,) V of the
+    observation after each episode's last step. Transformed reward units.
+    """
+    t = log.transitions
+    last = t.episode_start[1:] - 1
+    following = np.append(v[1:], np.float32(0.0))
+    following[last] = np.where(t.terminal[last], 0.0, v_end)
+    delta = (log.reward + log.discount * following - v).astype(np.float64)
+    advantage, running = np.empty(len(t)), np.zeros(t.episodes)
+    for back in range(int(t.episode_length.max())):  # all episodes step back together
+        alive = t.episode_length > back
+        index = last[alive] - back
+        running[alive] = delta[index] + log.discount * lam * running[alive]
+        advantage[index] = running[alive]
+    return advantage.astype(np.float32)
 
 
 def diagnose(model: ValueFunctions, log: Log, device: str) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""One JSON file a run: what was scored, on what, with which settings, how long it took.
+
+Shared by our runs and by peers in an environment of their own, so this file needs nothing but the standard library.
+A result lies at results/<tier>/<dataset, / as _>/<method>-seed<seed>.json; a run whose file is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Score:
+    """Whole episodes of one policy."""
+
+    step: int
+    """Gradient updates of the policy when it was scored."""
+    returns: list[float]
+    """Raw return of each episode."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.returns) / len(self.returns)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run: a method on a dataset with a seed."""
+
+    dataset: str
+    method: str
+    """A rung of the ladder (`ipd`), a variation of one (`ipd+eta=0.5`), or a peer (`d3rlpy-iql`)."""
+    tier: str
+    seed: int
+    curve: list[Score]
+    """The policy as it was scored on the way; the last entry is the headline."""
+    reference: tuple[float, float]
+    """Raw returns that count as 0 and as 100."""
+    config: dict[str, Any]
+    """Every setting of the method."""
+    seconds: dict[str, float]
+    """Wall time by part of the run."""
+    evaluation: dict[str, int]
+    """episodes, and the seed of the first one."""
+    commit: str
+    versions: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else the method reports of itself."""
+    schema: int = SCHEMA
+
+    def normalise(self, raw: float) -> float:
+        """100 * (raw - min) / (max - min), as D4RL does."""
+        low, high = self.reference
+        return 100.0 * (raw - low) / (high - low)
+
+    @property
+    def last(self) -> float:
+        """Normalised mean of the last checkpoint: the headline."""
+        return self.normalise(self.curve[-1].mean)
+
+    @property
+    def best(self) -> float:
+        """Normalised mean of the best checkpoint: chosen by the scores themselves, so it flatters."""
+        return max(self.normalise(score.mean) for score in self.curve)
+
+
+def path_of(tier: str, dataset: str, method: str, seed: int, root: Path = RESULTS) -> Path:
+    """Return where a run's result lies."""
+    return root / tier / dataset.replace("/", "_") / f"{method}-seed{seed}.json"
+
+
+def write(result: Result, root: Path = RESULTS) -> Path:
+    """Write a result, atomically; return its file."""
+    path = path_of(result.tier, result.dataset, result.method, result.seed, root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def read(path: Path) -> Result:
+    """Read a result. Raises ValueError for an unknown schema."""
+    content = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {content.get('schema')!r}, this code reads {SCHEMA}: remove it and rerun.")
+    content["curve"] = [Score(**score) for score in content["curve"]]
+    content["reference"] = tuple(content["reference"])
+    return Result(**content)
+
+
+def read_all(tier: str, root: Path = RESULTS) -> Iterator[Result]:
+    """Read all results of a tier, in order of file name."""
+    for path in sorted((root / tier).glob("*/*.json")):
+        yield read(path)
+
+
+def commit() -> str:
+    """Return the commit that the numbers belong to; `-dirty` where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
