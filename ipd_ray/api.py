@@ -120,20 +120,25 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
 
     root: folder of datasets; MINARI_DATASETS_PATH where not given. with_log: False writes the segments alone.
     """
-    config = build(run.config)
-    identity = run.identity
-    columns = columns_path(run.store / "data", identity["content_hash"])
-    log = LogRef(str(columns), config.data, config.seed)
+    columns = columns_path(run.store / "data", run.identity["content_hash"])
     if read_columns(columns) is None:
-        write_columns(columns, load(identity["dataset"]))
-    job = DistillJob(
-        work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds), log=log, values=str(run.artifact("values")),
+        write_columns(columns, load(run.identity["dataset"]))
+    job = job_of(run)
+    segments, transitions = job.accepted_segments(), job.log.load().transitions
+    return export_minari(transitions, segments, dataset_id, root=root, with_log=with_log), len(segments)
+
+
+def job_of(run: RunFolder) -> DistillJob:
+    """Return a finished run's distillation, which knows its own verdict on its segments. Writes nothing."""
+    config = build(run.config)
+    columns = columns_path(run.store / "data", run.identity["content_hash"])
+    return DistillJob(
+        work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
+        log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
         world_model=str(run.artifact("world_model")), imagination=str(run.artifact("imagine")),
         uncertainty=config.imagine.uncertainty, accept=config.accept, policy=config.policy, distill=config.distill,
         seed=config.seed,
     )
-    segments = job.accepted_segments()
-    return export_minari(log.load().transitions, segments, dataset_id, root=root, with_log=with_log), len(segments)
 
 
 # ---- where

@@ -64,6 +64,8 @@ class ValuesConfig(Section):
     """Hidden layers of every network here."""
     learning_rate: PositiveFloat = 3e-4
     """Adam's step size; the behaviour policy's falls to zero along a cosine."""
+    n_step: PositiveInt = 10
+    """Logged rewards that a target sums before it asks V. 1 is IQL's own; more learn faster and trust V less."""
     expectile: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.7
     """tau of V. 0.5 is the value of the behaviour; towards 1 it nears the best action in the data, and
     overestimates."""
@@ -162,7 +164,8 @@ class AcceptConfig(Section):
     """Step 4, which imagined segments count. Applied when shards are read: a sweep over these imagines nothing anew."""
 
     survival: OpenFraction = 0.5
-    """Share of held-out real L-step windows that the uncertainty threshold kappa lets pass whole; sets kappa."""
+    """Share of the held-out real L-step windows from states of high regret that the uncertainty threshold kappa lets
+    pass whole; sets kappa."""
     threshold: PositiveFloat | None = None
     """kappa itself, in units of U; overrides survival. Carries over to no other task."""
     min_length: PositiveInt = 3
@@ -170,7 +173,7 @@ class AcceptConfig(Section):
     margin: NonNegativeFloat = 0.1
     """An accepted segment beats the data and V(s_0) by this many standard deviations of V."""
     range_margin: NonNegativeFloat = 0.05
-    """Imagined observations may leave the log's range by this share of it."""
+    """Imagined observations and rewards may leave the log's range by this share of it."""
     share: Fraction = 1.0
     """Share of the accepted segments that are used, drawn at random: for a curve of gain against volume."""
 

@@ -211,9 +211,9 @@ class DistillJob:
         """Return the trainer, ready for its first update, and what was accepted."""
         log, device = self.log.load(), self.place.device
         values = values_of(self.values, device)
-        segments, verdict, imagined = self._imagined(log)
         t = log.transitions
         v = evaluate_in_chunks(values.v, t.observation, device=device)
+        segments, verdict, imagined = self.imagined(log)
         weight = np.ones(len(t), np.float32)
         if self.distill.data_temperature > 0:
             advantage = generalised_advantage(
@@ -233,11 +233,12 @@ class DistillJob:
         trainer = DistillTrainer(material, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer)
         return trainer, imagined
 
-    def _imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
+    def imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
+        """Return all imagined segments, which of them count and how far, and what a run reports of that."""
         if self.imagination is None or self.world_model is None:
             return _no_segments(log), _nothing_accepted(), {}
         segments = read_segments(self.imagination)
-        threshold = self.threshold(log, segments.length)
+        threshold = self._threshold(log, segments)
         value_std = float(Artifact(Path(self.values)).diagnostics["v_std"])
         verdict = accept(
             segments,
@@ -255,7 +256,7 @@ class DistillJob:
     def accepted_segments(self) -> list[dict[str, Any]]:
         """Return what counts of the imagined segments, cut, rewards raw again: the form that `export_minari` takes."""
         log = self.log.load()
-        segments, verdict, _ = self._imagined(log)
+        segments, verdict, _ = self.imagined(log)
         out = []
         for i in np.flatnonzero(verdict.accepted):
             cut = int(verdict.length[i])
@@ -273,12 +274,22 @@ class DistillJob:
         tensors = Artifact(Path(str(self.world_model))).tensors()
         return tensors["holdout_uncertainty"][KINDS.index(self.uncertainty)].numpy()
 
-    def threshold(self, log: Log, length: int) -> float:
-        """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass."""
+    def _threshold(self, log: Log, segments: Segments) -> float:
+        """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass.
+
+        Windows begin where regret is at least that of the flagged starts: there the planner works.
+        """
         if self.accept.threshold is not None:
             return self.accept.threshold
-        episode = log.transitions.episode[log.holdout_steps]
-        return kappa(self._holdout_uncertainty(), episode, length=length, survival=self.accept.survival)
+        t, held, values = log.transitions, log.holdout_steps, values_of(self.values, self.place.device)
+        v = evaluate_in_chunks(values.v, t.observation, device=self.place.device)
+        regret = v - bootstrapped_returns(log, values.v, self.place.device)
+        flagged = segments.index[~segments.control]
+        begins = regret[held] >= regret[flagged].min() if len(flagged) else None
+        return kappa(
+            self._holdout_uncertainty(), t.episode[held], length=segments.length, survival=self.accept.survival,
+            begins=begins,
+        )
 
     def _prompts(
         self, log: Log, values: ValueFunctions, v: np.ndarray, segments: Segments, verdict: Accepted

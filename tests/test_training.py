@@ -15,7 +15,7 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace, read_jsonl
 from ipd_ray.config import DistillConfig, PolicyConfig, RunConfig, ValuesConfig, WorldModelConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.distill.fit import DistillTrainer, Material
+from ipd_ray.distill.fit import DistillTrainer, Material, fit_policy
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.training import Trainer, train
 from ipd_ray.values.fit import ValueTrainer, fit_values
@@ -86,9 +86,9 @@ def test_resumed_training_equals_undisturbed_training(make: Callable[[], Trainer
     lines = train(make(), 20, cut, log_every=4)
     while next(lines)[0] < stop:
         pass
-    cut.due = lambda: False  # type: ignore[method-assign]  # one more line, of which no checkpoint knows
-    if stop < 16:
-        next(lines)
+    due = iter([True])  # a checkpoint of this line, and one more line of which no checkpoint knows
+    cut.due = lambda: next(due, False)  # type: ignore[method-assign]
+    next(lines)
     lines.close()
     resumed = make()
     finish(resumed, Workspace(tmp_path / "cut", 0.0))
@@ -178,6 +178,24 @@ def test_a_fit_killed_after_it_stopped_early_stays_stopped(tmp_path: Path):
     stopping_early(Workspace(tmp_path / "whole"))
     fit_killed_at(stopping_early, tmp_path / "cut", 16)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+def test_policies_kept_on_the_way_are_the_same_after_a_kill(tmp_path: Path):
+    def kept(workspace: Workspace) -> dict[str, bytes]:
+        trainer = distill_trainer()
+        for _ in fit_policy(trainer, trainer._config, workspace):
+            pass
+        return {p.name: p.read_bytes() for p in sorted(workspace.path.glob("snapshot-*"))}
+
+    whole = kept(Workspace(tmp_path / "whole"))
+    # 20 updates, 4 snapshots: after 5, 10 and 15; the policy itself is the last one.
+    assert list(whole) == [f"snapshot-{step:09d}.safetensors" for step in (5, 10, 15)]
+    assert len(set(whole.values())) == 3
+    for step in (5, 9, 14):
+        folder = tmp_path / f"cut-{step}"
+        with pytest.raises(KeyboardInterrupt):
+            kept(Killed(folder, step))
+        assert kept(Workspace(folder)) == whole
 
 
 def test_every_seed_that_the_config_takes_can_be_trained_with():

@@ -229,6 +229,21 @@ class Log:
             partial[index], weight[index] = running[alive], tail[alive]
         return partial.astype(np.float32), weight.astype(np.float32)
 
+    def n_step(self, n: int) -> tuple[Floats, Ints, Floats]:
+        """Return what n logged steps bring from each step: reward, where they end, and what V there is weighted by.
+
+        First (T,): sum of gamma^k r_{t+k} over the m = min(n, steps left) next steps. Second (T,): index of the last of
+        them, whose next_observation V looks at. Third (T,): gamma^m, 0 where that step terminated.
+        """
+        t = self.transitions
+        total, last = np.zeros(len(t)), np.minimum(np.arange(len(t)) + n - 1, self.episode_end)
+        for k in range(min(n, int(t.episode_length.max()))):
+            index = np.arange(len(t)) + k
+            inside = index <= last
+            total[inside] += self.discount**k * self.reward[index[inside]]
+        weight = self.discount ** (last - np.arange(len(t)) + 1.0) * ~t.terminal[last]
+        return total.astype(np.float32), last, weight.astype(np.float32)
+
     @cached_property
     def episode_end(self) -> Ints:
         """(T,) index of the last step of each step's episode; next_observation there is what V bootstraps from."""

@@ -39,18 +39,29 @@ def step_ranges(log: Log) -> tuple[Floats, Floats, float, float]:
     return low, high, float(log.reward.min()), float(log.reward.max())
 
 
-def kappa(holdout_uncertainty: Floats, holdout_episode: Ints, *, length: int, survival: float) -> float:
+FEW_WINDOWS = 50
+"""Held-out windows under which kappa is taken from all of them."""
+
+
+def kappa(
+    holdout_uncertainty: Floats, holdout_episode: Ints, *, length: int, survival: float, begins: Bools | None = None
+) -> float:
     """The smallest U at which `survival` of the held-out real windows of `length` steps pass whole.
 
     holdout_uncertainty: (N,) U of the held-out steps, whole episodes in order; holdout_episode: (N,). Episodes
-    shorter than `length` give one window each.
+    shorter than `length` give one window each. begins: (N,) the steps that a window may begin at, such as those of high
+    regret: measured over all of them, kappa would be small where a log idles in a state that it knows well. All steps
+    where not given, or where fewer than FEW_WINDOWS are left.
     """
-    peaks = []
+    peaks, chosen = [], []
     for episode in np.unique(holdout_episode):
-        u = holdout_uncertainty[holdout_episode == episode]
+        rows = holdout_episode == episode
+        u = holdout_uncertainty[rows]
         window = np.lib.stride_tricks.sliding_window_view(u, min(length, len(u)))
         peaks.append(window.max(1))
-    return float(np.quantile(np.concatenate(peaks), survival, method="inverted_cdf"))
+        chosen.append(np.ones(len(window), bool) if begins is None else begins[rows][: len(window)])
+    peak, wanted = np.concatenate(peaks), np.concatenate(chosen)
+    return float(np.quantile(peak[wanted] if wanted.sum() >= FEW_WINDOWS else peak, survival, method="inverted_cdf"))
 
 
 def accept(
@@ -72,13 +83,14 @@ def accept(
     slack = config.range_margin * (high - low)
     following = segments.observation[:, 1:]
     in_range = ((following >= low - slack) & (following <= high + slack)).all(-1)
-    in_range &= (segments.reward >= reward_low) & (segments.reward <= reward_high)
+    reward_slack = config.range_margin * (reward_high - reward_low)  # the best reward is often the most common one
+    in_range &= (segments.reward >= reward_low - reward_slack) & (segments.reward <= reward_high + reward_slack)
     certain = segments.uncertainty <= threshold
     ended_before = np.cumsum(segments.terminal, 1) - segments.terminal > 0
     usable = certain & in_range & ~ended_before
     length = np.where(usable.all(1), L, np.argmin(usable, 1))
-    imagined = _value_of(segments.reward, segments.terminal, segments.value, length, discount)
-    own = _value_of(
+    imagined = value_of(segments.reward, segments.terminal, segments.value, length, discount)
+    own = value_of(
         segments.own_reward,
         segments.own_terminal,
         segments.own_value,
@@ -105,7 +117,7 @@ def accept(
     return Accepted(accepted, length.astype(np.int64), imagined, own, reasons)
 
 
-def _value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, discount: float) -> Floats:
+def value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, discount: float) -> Floats:
     """sum_{k < l} gamma^k r_k + gamma^l V(s_l), V = 0 after a termination inside the l steps: (S,)."""
     L = reward.shape[1]
     inside = np.arange(L) < length[:, None]

@@ -25,14 +25,15 @@ from ipd_ray.training import exhaust, train
 from ipd_ray.values.losses import advantage_weights, expectile_loss
 from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 1000  # updates whose batches are drawn together
 _STREAM = 11
 M = TypeVar("M", bound=nn.Module)
 
 
 class ValueTrainer:
-    """One update of V, Q and the behaviour policy (IQL, eqs. 5-7), and every fourth one of the return expectiles."""
+    """One update of V, Q and the behaviour policy (IQL, eqs. 5-7, with targets of n steps), and every fourth one of the
+    return expectiles."""
 
     def __init__(self, log: Log, config: ValuesConfig, seed: int, device: str):
         t = log.transitions
@@ -44,7 +45,7 @@ class ValueTrainer:
         self.model.return_mean.fill_(log.return_moments[0])
         self.model.return_std.fill_(log.return_moments[1])
         self.model.to(device)
-        self._config, self._seed, self._device, self._discount = config, seed, device, log.discount
+        self._config, self._seed, self._device = config, seed, device
         self._target = [p.detach().clone() for p in self.model.q_net.parameters()]
         self._target_net = EnsembleMLP(
             2,
@@ -71,13 +72,14 @@ class ValueTrainer:
             fused=True,
         )
         partial, weight = log.return_parts
+        reward_n, last_n, weight_n = log.n_step(config.n_step)
         shift, scale = log.return_moments
         columns = [
             (t.observation - mean) / std,
             t.action,
-            (t.next_observation - mean) / std,
-            log.reward[:, None] / scale,
-            1.0 - t.terminal[:, None],
+            (t.next_observation[last_n] - mean) / std,
+            reward_n[:, None] / scale,
+            weight_n[:, None],
             (partial[:, None] - shift) / scale,
             weight[:, None],
             (t.next_observation[log.episode_end] - mean) / std,
@@ -98,18 +100,17 @@ class ValueTrainer:
 
     def update(self, step: int) -> dict[str, Tensor]:
         config, model = self._config, self.model
-        s, a, s2, r, alive, partial, weight, s_end = self._batch(step)
+        s, a, s_n, r_n, weight_n, partial, weight, s_end = self._batch(step)
         sa = torch.cat([s, a], 1).expand(2, -1, -1)
         with torch.no_grad():
-            v_next = model.v_net(torch.stack([s2]))[0]
-            # y = (r + gamma (1 - done) V(s')) in units of the returns' spread, V = offset + v there
-            y = r + self._discount * alive * (v_next + self._offset) - self._offset
+            # y = r_n + gamma^n (1 - done) V(s_n) in units of the returns' spread, V = offset + v there
+            y = r_n + weight_n * (model.v_net(s_n[None])[0] + self._offset) - self._offset
             q_min = self._target_net(sa).amin(0)
         q = model.q_net(sa)
         v = model.v_net(s[None])[0]
         q_loss = (q - y).square().mean(1).sum()
         v_loss = expectile_loss(q_min, v, tau=config.expectile, huber=config.loss == "huber")
-        advantage = q_min - v.detach()
+        advantage = y - v.detach()  # of what the log went on to bring: Q's own is mostly its error (docs/notes.md)
         action = torch.tanh(model.behaviour_net(s[None])[0])
         weights = advantage_weights(advantage, temperature=config.advantage_temperature)
         behaviour_loss = (weights * (action - a).square()).sum(1).mean()

@@ -14,11 +14,15 @@ from ipd_ray.distill.policy import TransformerPolicy
 B, K, O, A = 3, 5, 4, 2  # noqa: E741
 
 
-def network(prompted: bool = True, max_timestep: int = 50) -> TransformerPolicy:
+TOKENS = pytest.mark.parametrize("tokens", ["step", "separate"])
+
+
+def network(prompted: bool = True, max_timestep: int = 50, tokens: str = "step") -> TransformerPolicy:
     torch.manual_seed(0)
-    config = PolicyConfig(context=K, layers=2, heads=2, width=16, dropout=0.5, max_timestep=max_timestep)
+    shape = {"context": K, "layers": 2, "heads": 2, "width": 16, "dropout": 0.5, "max_timestep": max_timestep}
+    config = PolicyConfig.model_validate({**shape, "tokens": tokens})
     model = TransformerPolicy(O, A, config, prompted=prompted).eval()
-    torch.nn.init.normal_(model.head.weight, std=1.0)  # its own start is too small to tell outputs apart
+    torch.nn.init.normal_(model.head.weight, std=0.3)  # its own start is too small to tell outputs apart
     return model
 
 
@@ -43,11 +47,12 @@ def changed(column: Tensor, step: int) -> Tensor:
     return other
 
 
+@TOKENS
 @pytest.mark.parametrize("prompted", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("step", range(1, K))
-def test_the_future_changes_nothing(prompted: bool, padded: bool, step: int):
-    model, parts = network(prompted), window()
+def test_the_future_changes_nothing(prompted: bool, padded: bool, step: int, tokens: str):
+    model, parts = network(prompted, tokens=tokens), window()
     parts["valid"][0, 0] = not padded
     before = actions(model, parts)
     later = {name: changed(parts[name], step) for name in ("prompt", "observation", "action")}
@@ -56,16 +61,18 @@ def test_the_future_changes_nothing(prompted: bool, padded: bool, step: int):
     assert (before[:, step:] - after[:, step:]).abs().min() > 1e-4
 
 
-def test_an_action_is_decided_without_itself_and_seen_afterwards():
-    model, parts = network(), window()
+@TOKENS
+def test_an_action_is_decided_without_itself_and_seen_afterwards(tokens: str):
+    model, parts = network(tokens=tokens), window()
     before, after = actions(model, parts), actions(model, parts, action=changed(parts["action"], 2))
     assert torch.allclose(before[:, :3], after[:, :3], atol=1e-6)
     assert (before[:, 3] - after[:, 3]).abs().min() > 1e-4
 
 
+@TOKENS
 @pytest.mark.parametrize("prompted", [True, False])
-def test_what_stands_in_the_padding_changes_nothing(prompted: bool):
-    model, parts, other = network(prompted), window(), window(seed=1)
+def test_what_stands_in_the_padding_changes_nothing(prompted: bool, tokens: str):
+    model, parts, other = network(prompted, tokens=tokens), window(), window(seed=1)
     valid = torch.tensor([[False] * 3 + [True] * 2, [False] + [True] * 4, [True] * 5])
     before = actions(model, parts, valid=valid)
     replaced = {}
@@ -79,11 +86,12 @@ def test_what_stands_in_the_padding_changes_nothing(prompted: bool):
     assert torch.allclose(before[:1, 3:], actions(model, short), atol=1e-5)
 
 
-def test_the_prompt_matters_only_where_there_is_one():
+@TOKENS
+def test_the_prompt_matters_only_where_there_is_one(tokens: str):
     parts = window()
     for prompted in (True, False):
-        before = actions(network(prompted), parts)
-        difference = (before - actions(network(prompted), parts, prompt=parts["prompt"] + 1.0)).abs().max()
+        model = network(prompted, tokens=tokens)
+        difference = (actions(model, parts) - actions(model, parts, prompt=parts["prompt"] + 1.0)).abs().max()
         assert (difference > 1e-3) == prompted
 
 

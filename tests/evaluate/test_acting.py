@@ -211,3 +211,26 @@ def test_a_new_episode_begins_with_the_whole_target():
     single.act(s[0][0])
     single.reset()
     assert np.allclose(single.act(s[1][0], reward=3.0), begun[0], atol=1e-4)
+
+
+def test_q_picks_among_the_policy_and_its_neighbours():
+    s = walk(steps=2)
+    own = rescaled(policy_of().act(s[0]))
+    target = torch.from_numpy(own) - 0.15 * torch.from_numpy(own).sign()
+
+    def q(observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        near = -(action - target).square().sum(-1)
+        return torch.stack([near, near + 1.0])
+
+    ranked = Policy(*parts(), device="cpu", candidates=64, candidate_std=0.1)
+    ranked._values.q = q  # type: ignore[method-assign]
+    chosen = rescaled(ranked.act(s[0]))
+    before, after = (np.linalg.norm(a - target.numpy(), axis=1) for a in (own, chosen))
+    assert (after < 0.5 * before).all()
+    ranked.act(s[1])
+    ranked.reset()
+    assert np.array_equal(rescaled(ranked.act(s[0])), chosen)  # the same noise after a reset
+    # Where Q says that nothing is better than the policy's own action, that is taken.
+    target = torch.from_numpy(own)
+    ranked.reset()
+    assert rescaled(ranked.act(s[0])) == pytest.approx(own, abs=1e-6)

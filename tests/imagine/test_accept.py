@@ -82,9 +82,9 @@ def test_a_segment_is_cut_where_it_leaves_the_range_of_the_log():
     # Range [-10, 10], margin 5 % of 20: 11 is in, 11.1 is out; it is the step *to* it that is dropped.
     observation = np.array([[[0], [11.0], [-11.0], [11.1], [0]]])
     assert verdict(observation=observation).length.tolist() == [2]
-    # The reward's range has no margin.
-    assert verdict(reward=steps(1, 100, 100.5, 1)).length.tolist() == [2]
-    assert verdict(reward=steps(1, -100.5, 1, 1)).length.tolist() == [1]
+    # Rewards in [-100, 100], margin 5 % of 200.
+    assert verdict(reward=steps(1, 110, 110.5, 1)).length.tolist() == [2]
+    assert verdict(reward=steps(1, -110.5, 1, 1)).length.tolist() == [1]
 
 
 def test_rewards_of_masked_steps_are_not_out_of_range():
@@ -121,6 +121,25 @@ def test_ranges_take_in_the_last_observation():
     log = log_of([([[0.0, 5.0], [1.0, -2.0], [7.0, 1.0]], [[0.0], [0.0]], [3.0, -4.0], False)], reward_scale=2.0)
     low, high, reward_low, reward_high = step_ranges(log)
     assert (low.tolist(), high.tolist(), reward_low, reward_high) == ([0.0, -2.0], [7.0, 5.0], -8.0, 6.0)
+
+
+def test_kappa_can_be_measured_where_the_planner_works():
+    # Two episodes of 60 steps: the first idles at U = 0.1, the second works at U = 0.1 .. 6.0. Windows of one step.
+    u = np.concatenate([np.full(60, 0.1), np.arange(1, 61) / 10.0]).astype(np.float32)
+    episode = np.repeat([0, 1], 60)
+    assert kappa(u, episode, length=1, survival=0.5) == pytest.approx(0.1)
+    assert kappa(u, episode, length=1, survival=0.5, begins=episode == 1) == pytest.approx(3.0)
+    # Forty-nine windows say too little: all are taken.
+    assert kappa(u, episode, length=1, survival=0.5, begins=np.arange(120) >= 71) == pytest.approx(0.1)
+
+
+def test_a_smaller_share_of_what_is_accepted_is_a_part_of_a_larger_one():
+    reward = np.ones((400, 4))
+    shares = [LENIENT.model_copy(update={"share": share}) for share in (0.0, 0.25, 0.5, 1.0)]
+    kept = [verdict(reward=reward, config=config).accepted for config in shares]
+    assert [int(k.sum()) for k in (kept[0], kept[3])] == [0, 400]
+    assert abs(int(kept[1].sum()) - 100) < 30 and abs(int(kept[2].sum()) - 200) < 40
+    assert not (kept[1] & ~kept[2]).any()
 
 
 def test_kappa_by_hand():

@@ -16,7 +16,14 @@ from ipd_ray.artifacts import Workspace
 from ipd_ray.config import ValuesConfig
 from ipd_ray.data.transitions import Log
 from ipd_ray.training import set_threads
-from ipd_ray.values.fit import ValueTrainer, bootstrapped_returns, fit_values, load_values, rank_correlation
+from ipd_ray.values.fit import (
+    ValueTrainer,
+    bootstrapped_returns,
+    fit_values,
+    generalised_advantage,
+    load_values,
+    rank_correlation,
+)
 from ipd_ray.values.networks import ValueFunctions
 
 LOOP, FIRST, LAST, END = 5.0 + 10.0 * np.eye(4, dtype=np.float32)  # far from the units of the networks
@@ -69,6 +76,21 @@ def test_returns_are_bootstrapped_after_a_time_out_alone():
     log = chain()[0]
     returns = bootstrapped_returns(log, lambda s: torch.full((len(s),), 8.0), "cpu")
     assert returns[:5].tolist() == [2.75, 3.5, 5.0, 1.5, 1.0]
+
+
+def test_generalised_advantage_by_hand():
+    # gamma 0.5; V = 2 everywhere, 8 where a time-out cut off. delta: 1 + .5 * 2 - 2 = 0, 0, 1 + .5 * 8 - 2 = 3;
+    # terminated: 0, 1 - 2 = -1. lambda 0.5: sums of 0.25^k delta.
+    log = chain()[0]
+    v, v_end = np.full(len(log.transitions), 2.0, np.float32), np.full(log.transitions.episodes, 8.0, np.float32)
+
+    def first_two_episodes(lam: float) -> list[float]:
+        return generalised_advantage(log, v, v_end, lam)[:5].tolist()
+
+    assert first_two_episodes(0.0) == [0.0, 0.0, 3.0, 0.0, -1.0]
+    assert first_two_episodes(0.5) == [3.0 / 16, 3.0 / 4, 3.0, -0.25, -1.0]
+    # lambda 1 is the bootstrapped return over V: 1 + .5 + .25 + 8 / 8 - 2, ...
+    assert first_two_episodes(1.0) == [0.75, 1.5, 3.0, -0.5, -1.0]
 
 
 @lru_cache(maxsize=1)
