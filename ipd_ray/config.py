@@ -54,7 +54,7 @@ class DataConfig(Section):
 class ValuesConfig(Section):
     """Step 1, implicit Q-learning: V, twin Q and an advantage-weighted behaviour policy."""
 
-    updates: PositiveInt = 500_000
+    updates: PositiveInt = 200_000
     """Gradient updates; one updates V, Q and the behaviour policy."""
     batch_size: PositiveInt = 256
     """Transitions an update."""
@@ -75,8 +75,9 @@ class ValuesConfig(Section):
     """Shape of the expectile loss of V; huber is linear beyond one standard deviation of the returns."""
     polyak: OpenFraction = 0.005
     """Step of the target critics towards the critics."""
-    advantage_temperature: NonNegativeFloat = 3.0
-    """beta: behaviour-policy weights are min(exp(beta * A / mean|A|), 100). 0 is plain behaviour cloning."""
+    advantage_temperature: NonNegativeFloat = 1.0
+    """beta: behaviour-policy weights are min(exp(beta * A / mean|A|), 100). 0 is plain behaviour cloning; 3 follows few
+    steps of the log, which made policies fall (docs/notes.md)."""
     layer_norm: bool = True
     """LayerNorm in Q and V: bounds how far values run away off the data (Ball et al. 2023)."""
 

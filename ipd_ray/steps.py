@@ -28,7 +28,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import read_columns
 from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entry, read_shard, write_shard
-from ipd_ray.data.transitions import Log, prepare
+from ipd_ray.data.transitions import Floats, Log, prepare
 from ipd_ray.distill.fit import (
     DistillTrainer,
     Material,
@@ -108,6 +108,14 @@ def world_model_of(path: str, device: str) -> WorldModel:
     return load_world_model(artifact.tensors(), artifact.described, device)
 
 
+@lru_cache(maxsize=1)
+def logged_values(values: str, log: LogRef, device: str) -> tuple[Floats, Floats]:
+    """V(s_t) and bootstrapped G_t of every step of the log, (T,) each; kept in this process."""
+    data, model = log.load(), values_of(values, device)
+    v = evaluate_in_chunks(model.v, data.transitions.observation, device=device)
+    return v, bootstrapped_returns(data, model.v, device)
+
+
 def run_values(work: str, place: Place, log: LogRef, config: ValuesConfig, seed: int) -> None:
     """Step 1."""
     fit_values(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
@@ -123,10 +131,8 @@ def run_select(
 ) -> list[ShardSpec]:
     """Step 3: return the shards to imagine, the same for the same identity."""
     place.workspace(work)
-    data, model = log.load(), values_of(values, place.device)
-    v = evaluate_in_chunks(model.v, data.transitions.observation, device=place.device)
-    returns = bootstrapped_returns(data, model.v, place.device)
-    starts = select_starts(data, v, returns, select, length=imagine.length, seed=seed)
+    v, returns = logged_values(values, log, place.device)
+    starts = select_starts(log.load(), v, returns, select, length=imagine.length, seed=seed)
     return shard_specs(starts.index, starts.control, imagine.shard_size)
 
 
@@ -212,7 +218,7 @@ class DistillJob:
         log, device = self.log.load(), self.place.device
         values = values_of(self.values, device)
         t = log.transitions
-        v = evaluate_in_chunks(values.v, t.observation, device=device)
+        v, _ = logged_values(self.values, self.log, device)
         segments, verdict, imagined = self.imagined(log)
         weight = np.ones(len(t), np.float32)
         if self.distill.data_temperature > 0:
@@ -225,7 +231,7 @@ class DistillJob:
             segments,
             verdict.accepted,
             verdict.length,
-            self._prompts(log, values, v, segments, verdict),
+            self._prompts(log, segments, verdict),
             weight,
             values.q,
             uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
@@ -281,23 +287,19 @@ class DistillJob:
         """
         if self.accept.threshold is not None:
             return self.accept.threshold
-        t, held, values = log.transitions, log.holdout_steps, values_of(self.values, self.place.device)
-        v = evaluate_in_chunks(values.v, t.observation, device=self.place.device)
-        regret = v - bootstrapped_returns(log, values.v, self.place.device)
-        flagged = segments.index[~segments.control]
+        v, returns = logged_values(self.values, self.log, self.place.device)
+        regret, held, flagged = v - returns, log.holdout_steps, segments.index[~segments.control]
         begins = regret[held] >= regret[flagged].min() if len(flagged) else None
         return kappa(
-            self._holdout_uncertainty(), t.episode[held], length=segments.length, survival=self.accept.survival,
-            begins=begins,
+            self._holdout_uncertainty(), log.transitions.episode[held], length=segments.length,
+            survival=self.accept.survival, begins=begins,
         )
 
-    def _prompts(
-        self, log: Log, values: ValueFunctions, v: np.ndarray, segments: Segments, verdict: Accepted
-    ) -> Prompts:
+    def _prompts(self, log: Log, segments: Segments, verdict: Accepted) -> Prompts:
         scheme = self.distill.prompt
+        v, returns = logged_values(self.values, self.log, self.place.device)
         if scheme == "outcome":
-            real = bootstrapped_returns(log, values.v, self.place.device)
-            return Prompts(real, imagined_outcome(segments, verdict.length, log.discount))
+            return Prompts(returns, imagined_outcome(segments, verdict.length, log.discount))
         if scheme == "fixed":
             return Prompts(raw_return_to_go(log), _raw_outcome(log, segments, verdict.length))
         if scheme == "none":
