@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check check-all clean
+.PHONY: help demo test check check-all peers clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,8 @@ check-all: export WANDB_MODE := offline
 check-all: check ## Everything in check, and all tests with the slow ones
 	$(BIN)/python -m pytest -q -m ""
 
+peers: .venv-peers/.installed ## Make the environment of the libraries that benchmarks/scores compares with
+
 clean: ## Remove build products and caches; runs, stores and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find ipd_ray tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -43,5 +45,12 @@ $(VENV)/.installed: setup.py constraints.txt | $(BIN)/pip
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(PIP_INSTALL) -e '.[mujoco,tensorboard,dev]'
+	@$(PIP_INSTALL) -e '.[mujoco,tensorboard,bench,dev]'
+	@touch $@
+
+# Of its own, since d3rlpy pins Gymnasium.
+.venv-peers/.installed: benchmarks/scores/peers-constraints.txt
+	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/scores/peers-constraints.txt \
+		torch d3rlpy 'gymnasium[classic-control,mujoco]'
 	@touch $@

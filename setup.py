@@ -32,6 +32,7 @@ setup(
     extras_require={
         "mujoco": ["gymnasium[mujoco]>=1.0"],
         "tensorboard": ["tensorboard>=2.16"],
+        "bench": ["scipy>=1.15"],
         "dev": [
             "import-linter>=2.0",
             "mypy>=1.11",

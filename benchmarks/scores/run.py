@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ipd_ray import run
 from ipd_ray.artifacts import Artifact, numeric_platform
 from ipd_ray.data import importer
 from ipd_ray.data.minari_source import load, local_ids
-from ipd_ray.data.transitions import Spec, Transitions
+from ipd_ray.data.transitions import Log, Spec, prepare
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.runs import RunFolder
 from ipd_ray.steps import values_of
@@ -122,14 +123,15 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, changes: di
     found = RunFolder(folder)
     if rung == "iql":
         artifact = found.artifact("values")
-        scores = evaluate(BehaviourPolicy(artifact, load(dataset, cache=place / "store" / "data")), config.evaluate)
+        log = prepare(load(dataset, cache=place / "store" / "data"), config.data, seed)
+        scores = evaluate(BehaviourPolicy(artifact, log), config.evaluate)
         curve = [Score(config.values.updates, scores["returns"])]
     else:
         scores = Artifact(found.artifact("evaluate")).diagnostics
         curve = [Score(point["step"], point["returns"]) for point in scores["curve"]]
     spec = _spec(dataset, place)
     sections = config.model_dump(mode="json", exclude={"runtime", "ablations"})
-    extra = {k: summary[k] for k in ("data", "imagined") if k in summary}
+    extra = {"date": date.today().isoformat(), **{k: summary[k] for k in ("data", "imagined") if k in summary}}
     extra |= {k: scores[k] for k in ("discounted_mean", "value_at_start")}
     return Result(
         dataset, method, tier_name, seed, curve, reference=_reference(spec), config=sections,
@@ -142,9 +144,9 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, changes: di
 class BehaviourPolicy:
     """IQL's own policy: what step 1 learned by advantage-weighted regression, acting."""
 
-    def __init__(self, values: Path, transitions: Transitions):
-        self.spec, self._values = transitions.spec, values_of(str(values), "cpu")
-        self.discount = 0.99
+    def __init__(self, values: Path, log: Log):
+        self.spec, self.discount, self._scale = log.transitions.spec, log.discount, log.reward_scale
+        self._values = values_of(str(values), "cpu")
 
     def reset(self, mask: Any = None) -> None:
         """Nothing is remembered."""
@@ -154,7 +156,7 @@ class BehaviourPolicy:
         return self.spec.unscale_action(self._values.act(s).numpy())
 
     def value(self, observation: Any) -> Any:
-        return self._values.v(torch.from_numpy(self.spec.flatten_observation(observation))).numpy()
+        return self._values.v(torch.from_numpy(self.spec.flatten_observation(observation))).numpy() / self._scale
 
 
 def _spec(dataset: str, place: Path) -> Spec:
