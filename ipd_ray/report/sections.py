@@ -92,17 +92,24 @@ def _returns_section(view: View) -> str:
             groups[name] = found
     if "policy" not in groups:
         said.append(f"No evaluation: {escape(view.why_missing('evaluate'))}.")
-    panels = (
-        [
+    panels = []
+    if groups:
+        panels.append(
             panel(
                 "Returns of whole episodes",
                 figures.histograms(groups, x="return (raw, undiscounted)", alt="Histograms of returns"),
                 "Share of episodes in each bin, every row to its own height; the tick is the mean.",
             )
-        ]
-        if groups
-        else []
-    )
+        )
+    lines = {name: line for variant, name in VARIANTS.items() if len((line := view.score_curve(variant))[0]) > 1}
+    if lines:
+        panels.append(
+            panel(
+                "Score along distillation",
+                figures.curves(lines, x="updates", y="return", alt="Return of the policies kept along the way"),
+                "The same episodes for each; the last one is the headline. Picking the best of them flatters.",
+            )
+        )
     return panels_of(panels, wide=True) + "".join(map(remark, said))
 
 

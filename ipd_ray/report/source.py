@@ -144,6 +144,11 @@ class View:
         values = self.diagnostics(name).get("returns")
         return np.asarray(values, np.float64) if values else None
 
+    def score_curve(self, variant: str) -> tuple[list[float], list[float]]:
+        """Updates and mean return of the policies kept along the way, by the policy's name in summary.json."""
+        points = self.diagnostics("evaluate" if variant == "policy" else f"evaluate:{variant}").get("curve") or []
+        return [float(p["step"]) for p in points], [float(p["return_mean"]) for p in points]
+
     @cached_property
     def segments(self) -> Segments | None:
         """Imagined segments, of evenly spaced shards where there are very many; None where they are missing."""
