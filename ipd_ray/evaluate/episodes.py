@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -14,6 +16,8 @@ from ipd_ray.config import EvaluateConfig
 from ipd_ray.data.transitions import Spec
 from ipd_ray.errors import UserError, near_name
 from ipd_ray.world_model.termination import import_dotted
+
+logger = logging.getLogger(__name__)
 
 VERSION = 2
 STEP_LIMIT = 100_000
@@ -47,6 +51,8 @@ def environment_maker(spec: Spec, name: str | None, max_steps: int | None = None
             f"dataset {spec.dataset} names no environment; give one with evaluate.environment=ID or "
             "package.module:function"
         )
+    if "mujoco" in spec.env_spec:
+        _warn_once()
     try:
         env_spec = EnvSpec.from_json(spec.env_spec)
         gym.make(env_spec).close()
@@ -55,6 +61,25 @@ def environment_maker(spec: Spec, name: str | None, max_steps: int | None = None
             f"the environment of {spec.dataset} cannot be made here ({type(error).__name__}: {error})"
         ) from error
     return lambda **kwargs: gym.make(env_spec, **limit, **kwargs)
+
+
+@cache
+def _warn_once() -> None:
+    """Log each of MuJoCo's warnings once: left alone, it prints them for every environment that is made, and into a
+    MUJOCO_LOG.TXT in the user's folder."""
+    try:
+        import mujoco
+    except ImportError:
+        return
+    seen: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in seen:
+            seen.add(text)
+            logger.info("MuJoCo: %s", text)
+
+    if hasattr(mujoco, "set_mju_user_warning"):  # MuJoCo 3 and later
+        mujoco.set_mju_user_warning(warn)
 
 
 class Acting(Protocol):
