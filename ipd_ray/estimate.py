@@ -235,14 +235,21 @@ def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float
         )
     if part.step == "distill":
         p, d = config.policy, config.distill
-        tokens = (3 if d.prompt != "none" else 2) * p.context - 1
+        tokens = _tokens(config)
         flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
         flops += 8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * tokens, p.width) * threads
         return d.updates * _update("distill", flops, rate, speed)
-    steps = config.evaluate.max_steps or sizes.longest
+    steps = config.distill.snapshots * (config.evaluate.max_steps or sizes.longest)
     return steps * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
+
+
+def _tokens(config: RunConfig) -> int:
+    """Tokens of a window."""
+    if config.policy.tokens == "step":
+        return config.policy.context
+    return (3 if config.distill.prompt != "none" else 2) * config.policy.context - 1
 
 
 def _update(step: str, flops: float, rate: float, speed: Speed) -> float:
@@ -273,7 +280,7 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
         return log + 4.0 * (rows * a * config.planner.horizon + chunk * (3 * o + 4 * max(m.width, config.values.width)))
     if step == "distill":
         p, d = config.policy, config.distill
-        tokens = 3 * p.context
+        tokens = _tokens(config)
         activations = 4.0 * d.batch_size * tokens * p.width * 20 * p.layers
         return log + activations + _segment_bytes(config, sizes) * 2 + 4.0 * 6 * w.policy + 4.0 * steps * (o + a + 6)
     return PROCESS_BYTES + 4.0 * 2 * (w.policy + w.values)
@@ -289,7 +296,7 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "imagine":
         return _segment_bytes(config, sizes)
     if step == "distill":
-        return 4.0 * (w.policy * 5 + 2 * w.values)
+        return 4.0 * (w.policy * (4 + config.distill.snapshots) + 2 * w.values)
     return 4e3
 
 

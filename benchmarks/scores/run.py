@@ -17,13 +17,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from results import RESULTS, Result, Score, commit, path_of, write
 
@@ -33,6 +32,7 @@ from ipd_ray.artifacts import Artifact, numeric_platform
 from ipd_ray.data import importer
 from ipd_ray.data.minari_source import load, local_ids
 from ipd_ray.data.transitions import Log, Spec, prepare
+from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.runs import RunFolder
 from ipd_ray.steps import values_of
@@ -109,32 +109,32 @@ def _by_part(table: Mapping[str, Any], text: str) -> Any:
 # ---- our own rungs
 
 
-def score_rung(tier_name: str, dataset: str, method: str, seed: int, changes: dict[str, Any], args: Any) -> Result:
+def score_rung(tier_name: str, dataset: str, method: str, seed: int, args: Any) -> Result:
     """Run one rung, or go on with it."""
     tier, rung = TIERS[tier_name], method.split("+")[0]
     runtime = {"runtime.train_threads": args.threads, "runtime.actors": args.actors}
-    values = {**tier.overrides, **RUNGS[rung], **changes, **runtime, "seed": seed}
+    values = {**tier.overrides, **RUNGS[rung], **runtime, "seed": seed}
     overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
-    config = configs.load(args.preset or tier.preset(dataset), None, overrides)
+    config = configs.load(args.preset or tier.preset(dataset), None, [*overrides, *args.vary])
     place = args.runs / tier_name
+    transitions = load(dataset, cache=place / "store" / "data")
+    reference = _reference(transitions.spec)
     folder = place / f"{dataset.replace('/', '_')}-{method}-seed{seed}"
     began = time.monotonic()
     summary = run(dataset, config, run_dir=folder, until="values" if rung == "iql" else "evaluate")
     found = RunFolder(folder)
     if rung == "iql":
         artifact = found.artifact("values")
-        log = prepare(load(dataset, cache=place / "store" / "data"), config.data, seed)
-        scores = evaluate(BehaviourPolicy(artifact, log), config.evaluate)
+        scores = evaluate(BehaviourPolicy(artifact, prepare(transitions, config.data, seed)), config.evaluate)
         curve = [Score(config.values.updates, scores["returns"])]
     else:
         scores = Artifact(found.artifact("evaluate")).diagnostics
         curve = [Score(point["step"], point["returns"]) for point in scores["curve"]]
-    spec = _spec(dataset, place)
     sections = config.model_dump(mode="json", exclude={"runtime", "ablations"})
     extra = {"date": date.today().isoformat(), **{k: summary[k] for k in ("data", "imagined") if k in summary}}
     extra |= {k: scores[k] for k in ("discounted_mean", "value_at_start")}
     return Result(
-        dataset, method, tier_name, seed, curve, reference=_reference(spec), config=sections,
+        dataset, method, tier_name, seed, curve, reference=reference, config=sections,
         seconds={**summary["seconds"], "this_run": round(time.monotonic() - began, 1)},
         evaluation={"episodes": config.evaluate.episodes, "seed": config.evaluate.seed},
         commit=commit(), versions=numeric_platform(), extra=extra,
@@ -157,10 +157,6 @@ class BehaviourPolicy:
 
     def value(self, observation: Any) -> Any:
         return self._values.v(torch.from_numpy(self.spec.flatten_observation(observation))).numpy() / self._scale
-
-
-def _spec(dataset: str, place: Path) -> Spec:
-    return load(dataset, cache=place / "store" / "data").spec
 
 
 def _reference(spec: Spec) -> tuple[float, float]:
@@ -216,7 +212,7 @@ def import_d4rl(path: Path) -> str:
 # ---- command line
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=TIERS, default="small")
     parser.add_argument("--datasets", help="comma-separated Minari ids; the tier's where not given")
@@ -229,20 +225,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--actors", type=int, default=1, help="processes that share values, world model, imagination")
     parser.add_argument("--runs", type=Path, default=Path("runs/scores"), help="where runs and their store go")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    args = parse()
+def main(words: Sequence[str] | None = None) -> None:
+    args = parse(words)
     tier = TIERS[args.tier]
     datasets = [import_d4rl(path) for path in args.d4rl] or (args.datasets or ",".join(tier.datasets)).split(",")
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else tier.seeds
     methods = args.methods.split(",")
     if unknown := [m for m in methods if m not in RUNGS and m not in PEERS]:
         raise SystemExit(f"--methods: {', '.join(unknown)} unknown; there are {', '.join([*RUNGS, *PEERS])}.")
-    changes = {name: json.loads(value) if value[0] in "0123456789tfn[" else value
-               for name, _, value in (v.partition("=") for v in args.vary)}
-    np.seterr(all="raise", under="ignore")
     for seed in seeds:
         for dataset in datasets:
             for method in methods:
@@ -253,10 +246,13 @@ def main() -> None:
                 if method in PEERS:
                     score_peer(args.tier, dataset, method, seed, args)
                 else:
-                    result = score_rung(args.tier, dataset, name, seed, changes, args)
+                    result = score_rung(args.tier, dataset, name, seed, args)
                     print(f"---- {name}: {result.curve[-1].mean:.0f} raw, {result.last:.1f} normalised", flush=True)
                     write(result, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None

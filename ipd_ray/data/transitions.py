@@ -151,6 +151,17 @@ class Transitions:
         """(E,) raw, undiscounted."""
         return np.add.reduceat(self.reward.astype(np.float64), self.episode_start[:-1])
 
+    def discounted_sums(self, values: NDArray[Any], factor: float) -> NDArray[np.float64]:
+        """Return sum_k factor^k x_{t+k} to each step's episode's end, (T,), of values x (T,)."""
+        last, length = self.episode_start[1:] - 1, self.episode_length
+        sums, running = np.empty(len(self)), np.zeros(self.episodes)
+        for back in range(int(length.max())):  # all episodes step back together
+            alive = length > back
+            index = last[alive] - back
+            running[alive] = values[index] + factor * running[alive]
+            sums[index] = running[alive]
+        return sums
+
     @cached_property
     def content_hash(self) -> str:
         """SHA-256 of every column and of the spaces: the log's identity, whatever it is called."""
@@ -217,16 +228,10 @@ class Log:
         G_t = first + second * V(s_end); the second is gamma^(steps left) after truncation, 0 after termination.
         """
         t = self.transitions
-        partial = np.zeros(len(t))
-        weight = np.zeros(len(t))
         last = t.episode_start[1:] - 1
-        running, tail = np.zeros(t.episodes), (~t.terminal[last]).astype(np.float64)
-        for back in range(int(t.episode_length.max())):  # all episodes step back together
-            alive = t.episode_length > back
-            index = last[alive] - back
-            running[alive] = self.reward[index] + self.discount * running[alive]
-            tail[alive] *= self.discount
-            partial[index], weight[index] = running[alive], tail[alive]
+        bootstrap = np.zeros(len(t))
+        bootstrap[last] = self.discount * ~t.terminal[last]
+        partial, weight = (t.discounted_sums(x, self.discount) for x in (self.reward, bootstrap))
         return partial.astype(np.float32), weight.astype(np.float32)
 
     def n_step(self, n: int) -> tuple[Floats, Ints, Floats]:

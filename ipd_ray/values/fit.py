@@ -214,14 +214,8 @@ def generalised_advantage(
     last = t.episode_start[1:] - 1
     following = np.append(v[1:], np.float32(0.0))
     following[last] = np.where(t.terminal[last], 0.0, v_end)
-    delta = (log.reward + log.discount * following - v).astype(np.float64)
-    advantage, running = np.empty(len(t)), np.zeros(t.episodes)
-    for back in range(int(t.episode_length.max())):  # all episodes step back together
-        alive = t.episode_length > back
-        index = last[alive] - back
-        running[alive] = delta[index] + log.discount * lam * running[alive]
-        advantage[index] = running[alive]
-    return advantage.astype(np.float32)
+    delta = log.reward + log.discount * following - v
+    return t.discounted_sums(delta, log.discount * lam).astype(np.float32)
 
 
 def diagnose(model: ValueFunctions, log: Log, device: str) -> dict[str, Any]:

@@ -55,6 +55,17 @@ def log_of(t: Transitions, discount: float = 0.5) -> Log:
     return Log(t, discount, 1.0, np.array([False, True]))
 
 
+def test_n_steps_by_hand():
+    # gamma 0.5, two steps. Episode 0: 1 + 2/2, 2 + 4/2, then 4 alone, terminated. Episode 1: 8 + 16/2, then 16 alone.
+    reward, last, weight = log_of(two_episodes()).n_step(2)
+    assert reward.tolist() == [2.0, 4.0, 4.0, 16.0, 16.0]
+    assert last.tolist() == [1, 2, 2, 4, 4]
+    # gamma^2 where V is asked after two steps, gamma after one, nothing after the termination.
+    assert weight.tolist() == [0.25, 0.0, 0.0, 0.25, 0.5]
+    one, _, _ = log_of(two_episodes()).n_step(1)
+    assert one.tolist() == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
 def test_returns_to_go_by_hand():
     # gamma 0.5. Episode 0: 4; 2 + 2 = 4; 1 + 2 = 3. Episode 1: 16; 8 + 8 = 16.
     partial, weight = log_of(two_episodes()).return_parts

@@ -234,3 +234,11 @@ def test_q_picks_among_the_policy_and_its_neighbours():
     target = torch.from_numpy(own)
     ranked.reset()
     assert rescaled(ranked.act(s[0])) == pytest.approx(own, abs=1e-6)
+
+
+def test_a_policy_saved_before_there_was_a_choice_of_tokens_has_three_a_step():
+    described, tensors = parts()
+    described["policy"]["tokens"] = "separate"
+    expected = Policy(described, tensors, device="cpu").act(walk()[0])
+    del described["policy"]["tokens"]
+    assert np.array_equal(Policy(described, tensors, device="cpu").act(walk()[0]), expected)
