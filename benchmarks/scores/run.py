@@ -86,6 +86,9 @@ class Tier:
 
 
 TIERS = {
+    "demo": Tier(
+        {"": "demo"}, (0, 1, 2, 3, 4), {"": 20_000}, ("demo",), about="the embedded demo data, its preset: minutes"
+    ),
     "small": Tier(
         {"pendulum": "demo", "": "gym-small"}, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
         about="presets as shipped for two cores; peers 20,000 updates (Decision Transformer 5,000)",
