@@ -93,8 +93,11 @@ class WorldModelConfig(Section):
     """Hidden units a layer."""
     layers: PositiveInt = 4
     """Hidden layers."""
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 3e-3
     """Adam's step size; falls to a tenth along a cosine over max_updates."""
+    variance_power: Fraction = 0.5
+    """Each error's likelihood is weighed by its predicted variance to this power (beta-NLL). 0 is plain likelihood,
+    which neglects what it once found hard; 1 is squared error for the means."""
     weight_decay: NonNegativeFloat = 1e-5
     """Decoupled weight decay."""
     batch_size: PositiveInt = 256

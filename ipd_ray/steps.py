@@ -35,6 +35,7 @@ from ipd_ray.distill.fit import (
     Reducer,
     advantage_weight,
     fit_policy,
+    imagined_advantage,
     imagined_outcome,
     uniform_action_spread,
 )
@@ -220,19 +221,17 @@ class DistillJob:
         t = log.transitions
         v, _ = logged_values(self.values, self.log, device)
         segments, verdict, imagined = self.imagined(log)
-        weight = np.ones(len(t), np.float32)
-        if self.distill.data_temperature > 0:
-            advantage = generalised_advantage(
-                log, v, value_at_ends(log, values.v, device), self.distill.advantage_lambda
-            )
-            weight = advantage_weight(advantage, self.distill.data_temperature)
+        lam, temperature = self.distill.advantage_lambda, self.distill.data_temperature
+        of_log = generalised_advantage(log, v, value_at_ends(log, values.v, device), lam)
+        of_plans = imagined_advantage(segments, verdict.length, log.discount, lam)
         material = Material(
             log,
             segments,
             verdict.accepted,
             verdict.length,
             self._prompts(log, segments, verdict),
-            weight,
+            advantage_weight(of_log, of_log, temperature),
+            advantage_weight(of_plans, of_log, temperature),
             values.q,
             uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
         )

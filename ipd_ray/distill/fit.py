@@ -22,7 +22,7 @@ from ipd_ray.distill.windows import Prompts, Windows
 from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 
-VERSION = 2
+VERSION = 3
 _STREAM = 66
 
 
@@ -57,18 +57,38 @@ class Material:
     prompts: Prompts
     weight: Floats
     """(T,) imitation weight of the log's steps, mean 1."""
+    imagined_weight: Floats
+    """(S, L) imitation weight of imagined steps, by the same rule."""
     critic: CriticFn | None
     critic_scale: float
     """Spread of Q(s, .) over uniform actions, mean over states of the log."""
 
 
-def advantage_weight(advantage: Floats, temperature: float) -> Floats:
-    """Imitation weights (T,) of the log's steps: min(exp(temperature * A / mean|A|), 20), scaled to mean 1."""
+def advantage_weight(advantage: Floats, of_log: Floats, temperature: float) -> Floats:
+    """Imitation weights: min(exp(temperature * A / mean|A|), 20), over the weights' mean; means are those of the log.
+
+    advantage: any shape, of steps of the log or imagined; of_log: (T,) of all steps of the log, the yardstick.
+    """
     if temperature == 0:
-        return np.ones(len(advantage), np.float32)
-    size = max(float(np.abs(advantage).mean()), 1e-8)
-    weight = np.minimum(np.exp(np.minimum(temperature * advantage / size, 10.0)), 20.0)
-    return (weight / weight.mean()).astype(np.float32)
+        return np.ones(advantage.shape, np.float32)
+    size = max(float(np.abs(of_log).mean()), 1e-8)
+
+    def plain(a: Floats) -> Floats:
+        return np.minimum(np.exp(np.minimum(temperature * a / size, 10.0)), 20.0)
+
+    return (plain(advantage) / plain(of_log).mean()).astype(np.float32)
+
+
+def imagined_advantage(segments: Segments, lengths: Ints, discount: float, lam: float) -> Floats:
+    """(S, L) generalised advantage of each imagined step, over the steps that its segment keeps; 0 after the cut."""
+    following = np.where(segments.terminal, 0.0, segments.value[:, 1:])
+    delta = segments.reward + discount * following - segments.value[:, :-1]
+    out = np.zeros(delta.shape, np.float32)
+    running = np.zeros(len(segments))
+    for k in reversed(range(segments.length)):
+        running = np.where(k < lengths, delta[:, k] + discount * lam * running, 0.0)
+        out[:, k] = running
+    return out
 
 
 def imagined_outcome(segments: Segments, lengths: Ints, discount: float) -> Floats:
@@ -121,6 +141,7 @@ class DistillTrainer:
             material.lengths,
             material.prompts,
             material.weight,
+            material.imagined_weight,
             config,
             context=policy.context,
             seed=seed,

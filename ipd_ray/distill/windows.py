@@ -55,16 +55,18 @@ class Windows:
         lengths: Ints,
         prompts: Prompts,
         weight: Floats,
+        imagined_weight: Floats,
         config: DistillConfig,
         *,
         context: int,
         seed: int,
         device: str,
     ):
-        """accepted, lengths: (S,) verdict on the segments. weight: (T,) imitation weight of the log's steps."""
+        """accepted, lengths: (S,) verdict on the segments. weight, imagined_weight: (T,) and (S, L) imitation weight of
+        the log's and of imagined steps."""
         t = log.transitions
         self.context, self._seed = context, seed
-        spliced = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, context)
+        spliced = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)
         columns = {
             "observation": np.concatenate([t.observation, spliced.observation]),
             "action": np.concatenate([t.action, spliced.action]),
@@ -76,8 +78,9 @@ class Windows:
         self._columns = {name: torch.from_numpy(np.ascontiguousarray(c)).to(device) for name, c in columns.items()}
         self.real_ends = torch.arange(len(t), device=device)
         self.imagined_ends = torch.from_numpy(len(t) + spliced.ends).to(device)
-        self.imagined_steps = int(spliced.weight.sum())
-        self.imagined_per_batch = 0
+        self.imagined_steps = int((~spliced.is_real).sum())
+        self.imagined_per_batch = 0.0
+        """Windows over plans that a batch holds, on average."""
         self.imagined_ratio = 0.0
         if len(self.imagined_ends) and config.imagined_ratio > 0:
             cap = config.reuse_cap * self.imagined_steps
@@ -85,16 +88,17 @@ class Windows:
             real = float(np.minimum(t.timestep + 1, context).mean())
             imagined = self.imagined_steps / len(self.imagined_ends)
             odds = self.imagined_ratio * real / max((1.0 - self.imagined_ratio) * imagined, 1e-9)
-            self.imagined_per_batch = min(config.batch_size - 1, round(config.batch_size * odds / (1.0 + odds)))
+            self.imagined_per_batch = min(config.batch_size - 1.0, config.batch_size * odds / (1.0 + odds))
         self._batch_size = config.batch_size
 
     def draw(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Return worker `rank`'s part of the global batch of update `step`, which is the same whatever `world`."""
         generator = block_generator(self._seed, _STREAM, step)
-        real = torch.randint(len(self.real_ends), (self._batch_size - self.imagined_per_batch,), generator=generator)
+        plans = int(self.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
+        real = torch.randint(len(self.real_ends), (self._batch_size - plans,), generator=generator)
         ends = self.real_ends[real.to(self.real_ends.device)]
-        if self.imagined_per_batch:
-            imagined = torch.randint(len(self.imagined_ends), (self.imagined_per_batch,), generator=generator)
+        if plans:
+            imagined = torch.randint(len(self.imagined_ends), (plans,), generator=generator)
             ends = torch.cat([ends, self.imagined_ends[imagined.to(ends.device)]])
         return self.gather(ends[rank::world])
 
@@ -123,13 +127,16 @@ class _Spliced:
     prompt: Floats
     timestep: Ints
     weight: Floats
+    is_real: Bools
     begin: Ints
     """Flat position at which each position's sequence begins."""
     ends: Ints
     """Positions at which a window over imagined steps may end."""
 
 
-def _splice(log: Log, segments: Segments, rows: Ints, lengths: Ints, prompts: Prompts, context: int) -> _Spliced:
+def _splice(
+    log: Log, segments: Segments, rows: Ints, lengths: Ints, prompts: Prompts, weight: Floats, context: int
+) -> _Spliced:
     t = log.transitions
     past = np.minimum(context - 1, segments.timestep[rows])
     imagined = lengths[rows]
@@ -152,7 +159,8 @@ def _splice(log: Log, segments: Segments, rows: Ints, lengths: Ints, prompts: Pr
         action=pick(t.action[source], segments.action[row, k]),
         prompt=pick(prompts.log[source], prompts.imagined[row, k]).astype(np.float32),
         timestep=segments.timestep[row] + place - past[owner],
-        weight=(~is_real).astype(np.float32),
+        weight=np.where(is_real, 0.0, weight[row, k]).astype(np.float32),
+        is_real=is_real,
         begin=offset[owner],
         ends=np.concatenate(ends).astype(np.int64) if ends else np.zeros(0, np.int64),
     )

@@ -21,7 +21,7 @@ from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
-VERSION = 1
+VERSION = 2
 _BLOCK = 250
 _STREAM = 22
 _HOLDOUT_ROWS = 20_000
@@ -29,7 +29,8 @@ _IMPROVEMENT = 0.99  # a hold-out error counts as better under this share of the
 
 
 class WorldModelTrainer:
-    """Maximum likelihood of bounded Gaussians; the best weights of each member on the held-out episodes are kept."""
+    """Bounded Gaussians by beta-NLL (Seitzer et al. 2022, arXiv:2203.09168); the best weights of each member on the
+    held-out episodes are kept."""
 
     def __init__(self, log: Log, config: WorldModelConfig, seed: int, device: str):
         t = log.transitions
@@ -92,9 +93,10 @@ class WorldModelTrainer:
         inputs, target = self._batch(step)
         mean, log_variance = self.model.heads(inputs)
         square = (mean - target).square()
-        nll = (square * torch.exp(-log_variance) + log_variance).mean((1, 2)).sum()
+        nll = square * torch.exp(-log_variance) + log_variance
+        weighted = (nll * torch.exp(config.variance_power * log_variance.detach())).mean((1, 2)).sum()
         bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
-        loss = nll + 0.01 * bounds
+        loss = weighted + 0.01 * bounds
         if self._learn_termination:
             loss = loss + self._termination_loss(step)
         rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
@@ -103,7 +105,7 @@ class WorldModelTrainer:
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
-        metrics = {"nll": nll.detach() / config.members, "train_mse": square.mean().detach()}
+        metrics = {"nll": nll.detach().mean(), "train_mse": square.mean().detach()}
         if (step + 1) % config.eval_every == 0 or step + 1 == config.max_updates:
             self._look()
         return metrics

@@ -14,7 +14,7 @@ from method_fixtures import counting_log, segments_of
 from ipd_ray.config import DistillConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Log
-from ipd_ray.distill.fit import imagined_outcome
+from ipd_ray.distill.fit import imagined_advantage, imagined_outcome
 from ipd_ray.distill.windows import Prompts, Windows
 from ipd_ray.steps import _raw_outcome, raw_return_to_go
 
@@ -31,7 +31,7 @@ def imagined(index: list[int], length: int, log: Log = LOG) -> Segments:
 
 def windows(
     segments: Segments, lengths: list[int], *, accepted: list[bool] | None = None, context: int = 4, log: Log = LOG,
-    weight: Any = None, seed: int = 0, **config: Any,
+    weight: Any = None, plan_weight: Any = None, seed: int = 0, **config: Any,
 ) -> Windows:
     T = len(log.transitions)
     prompts = Prompts(
@@ -39,8 +39,9 @@ def windows(
     )
     return Windows(
         log, segments, np.array([True] * len(lengths) if accepted is None else accepted), np.array(lengths), prompts,
-        np.ones(T, np.float32) if weight is None else weight, DistillConfig.model_validate(config), context=context,
-        seed=seed, device="cpu",
+        np.ones(T, np.float32) if weight is None else weight,
+        np.ones_like(segments.reward) if plan_weight is None else plan_weight,
+        DistillConfig.model_validate(config), context=context, seed=seed, device="cpu",
     )
 
 
@@ -131,14 +132,28 @@ def test_no_imagined_step_is_drawn_far_more_often_than_a_real_one():
 
 def test_without_accepted_plans_only_the_log_is_drawn():
     w = windows(imagined([2], 3), [3], accepted=[False], imagined_ratio=0.5)
-    assert (w.imagined_ratio, w.imagined_steps, w.imagined_per_batch) == (0.0, 0, 0)
+    assert (w.imagined_ratio, w.imagined_steps, w.imagined_per_batch) == (0.0, 0, 0.0)
     assert float(w.draw(0).observation.max()) < 10
 
 
-def test_weights_of_real_steps_are_those_given():
+def test_weights_are_those_given():
     weight = np.arange(10, dtype=np.float32) / 4.5
-    batch = windows(imagined([2], 3), [3], weight=weight).gather(torch.tensor([3, 8]))
-    assert batch.weight.tolist() == [weight[0:4].tolist(), [0.0, *weight[6:9].tolist()]]
+    plan_weight = np.array([[0.5, 2.0, 3.0]], np.float32)
+    w = windows(imagined([2], 3), [2], weight=weight, plan_weight=plan_weight)
+    assert w.gather(torch.tensor([3, 8])).weight.tolist() == [weight[0:4].tolist(), [0.0, *weight[6:9].tolist()]]
+    assert w.gather(w.imagined_ends).weight.tolist() == [[0.0, 0.0, 0.5, 2.0]]
+    assert w.imagined_steps == 2
+
+
+def test_few_plans_are_drawn_as_often_as_the_log_though_a_batch_holds_less_than_one():
+    log = counting_log([30, 50, 20, 40])
+    w = windows(imagined([10], 4, log), [4], context=4, log=log, imagined_ratio=0.5, reuse_cap=1.0, batch_size=16)
+    assert 0.0 < w.imagined_per_batch < 0.5
+    batches = [w.draw(step) for step in range(4000)]
+    each_plan = sum(float((b.weight * (b.observation[..., 0] >= 1000)).sum()) for b in batches) / 4
+    each_real = sum(float((b.weight * (b.observation[..., 0] < 1000)).sum()) for b in batches) / 140
+    assert each_plan / each_real == pytest.approx(1.0, abs=0.1)
+    assert {len(b.weight) for b in batches} == {16}
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -176,6 +191,16 @@ def test_the_outcome_ends_with_a_predicted_termination():
     ends = np.array([[False, True]])
     segments = segments_of([0], 2, reward=np.ones((1, 2)), terminal=ends, value=np.full((1, 3), 9.0))
     assert imagined_outcome(segments, np.array([2]), 0.5).tolist() == [[1.5, 1.0]]
+
+
+def test_the_advantage_of_an_imagined_step_by_hand():
+    # gamma 0.5, lambda 1: deltas 1 + 4/2 - 2 = 1 and 1 + 8/2 - 4 = 1, cut after two of three steps: 1 + 1/2, 1, 0.
+    segments = segments_of([0], 3, reward=np.ones((1, 3)), value=np.array([[2, 4, 8, 99]]))
+    assert imagined_advantage(segments, np.array([2]), 0.5, 1.0).tolist() == [[1.5, 1.0, 0.0]]
+    assert imagined_advantage(segments, np.array([2]), 0.5, 0.0).tolist() == [[1.0, 1.0, 0.0]]
+    ends = np.array([[False, True, False]])
+    segments = segments_of([0], 3, reward=np.ones((1, 3)), terminal=ends, value=np.array([[2, 4, 8, 99]]))
+    assert imagined_advantage(segments, np.array([2]), 0.5, 1.0).tolist() == [[-0.5, -3.0, 0.0]]
 
 
 def test_raw_return_to_go_by_hand():
