@@ -136,7 +136,8 @@ def job_of(run: RunFolder) -> DistillJob:
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
         log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
         world_model=str(run.artifact("world_model")), imagination=str(run.artifact("imagine")),
-        uncertainty=config.imagine.uncertainty, accept=config.accept, policy=config.policy, distill=config.distill,
+        uncertainty=config.imagine.uncertainty,
+        regret_share=config.select.regret_share, accept=config.accept, policy=config.policy, distill=config.distill,
         seed=config.seed,
     )
 

@@ -129,27 +129,47 @@ class SelectConfig(Section):
     """Start states wanted; fewer where the spacing and the cap an episode leave fewer."""
     regret_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     """Starts come from this share of the steps, the ones with the highest V(s_t) - G_t."""
+    frontier_share: Fraction = 0.5
+    """Share of the starts drawn from the states of highest V instead, from a part of the log as large: where a good
+    policy will be, which seldom sees states of high regret."""
     control_share: Fraction = 0.1
     """Share of the starts drawn uniformly instead: the control group."""
     episode_cap: Fraction = 0.05
     """Share of the starts that one episode may hold at most; never less than one start."""
 
 
+    @model_validator(mode="after")
+    def _check(self) -> SelectConfig:
+        if self.frontier_share + self.control_share > 1.0:
+            raise ValueError(
+                f"select.frontier_share={self.frontier_share:g} and select.control_share={self.control_share:g} must "
+                "add up to at most 1: lower one of them."
+            )
+        return self
+
+
 class PlannerConfig(Section):
     """Step 4, MPC inside the world model."""
 
-    kind: Literal["mpc", "greedy_q"] = "mpc"
-    """mpc: the paper's planner; greedy_q: the candidate with the best Q(s, a), no look-ahead (the control)."""
+    kind: Literal["gradient", "mpc", "greedy_q"] = "gradient"
+    """gradient: MPC whose plans climb the gradient of the score, through world model and V; mpc: the paper's, plans are
+    sampled; greedy_q: the sample with the best Q(s, a), no look-ahead (the control). Sampled plans carry noise that a
+    policy cannot learn (docs/notes.md)."""
+    iterations: PositiveInt = 6
+    """Steps of the climb (gradient)."""
+    reach: Annotated[float, Field(gt=0.0, le=2.0)] = 0.3
+    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (gradient)."""
     candidates: PositiveInt = 256
-    """N, action sequences a step and state. Rounded up to a multiple of world_model.elites."""
+    """N, action sequences a step and state (mpc, greedy_q). Rounded up to a multiple of world_model.elites."""
     horizon: PositiveInt = 5
     """H, model steps a plan looks ahead. Longer sees further and compounds model error."""
     noise_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Std of the Gaussian noise around the behaviour policy's actions, in rescaled action units ([-1, 1])."""
-    temperature: PositiveFloat = 0.3
-    """lambda of MPPI, on scores standardised over the candidates: near 0 takes the best, large averages all."""
+    """Std of the Gaussian noise around the behaviour policy's actions, in rescaled action units (mpc, greedy_q)."""
+    temperature: PositiveFloat = 0.1
+    """lambda of MPPI, on scores standardised over the candidates: near 0 takes the best, large averages all (mpc)."""
     disagreement_penalty: NonNegativeFloat = 0.0
-    """Multiple of the std of the elites' value of the first step that is taken off a candidate's score."""
+    """Multiple of the std over the elites that is taken off a score: of the whole plan's (gradient) or of the value of
+    its first step (mpc)."""
 
 
 class ImagineConfig(Section):
@@ -238,7 +258,8 @@ class DistillConfig(Section):
     """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not
     shift-invariant)."""
     imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
-    """Share of the imitated positions that are imagined."""
+    """Share of the imitated positions that are imagined; no more than the share of segments that was accepted, since
+    where few pass, most of these pass by the errors of model and values."""
     reuse_cap: PositiveFloat = 10.0
     """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where
     few passed."""

@@ -41,7 +41,7 @@ from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 1
+IMAGINE_VERSION = 2
 STEPS = ("values", "world_model", "imagine", "distill", "evaluate")
 
 
@@ -294,6 +294,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
             uncertainty=config.imagine.uncertainty,
+            regret_share=config.select.regret_share,
             accept=config.accept,
             policy=config.policy,
             distill=section,

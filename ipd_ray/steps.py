@@ -209,6 +209,7 @@ class DistillJob:
     """None with `imagination`, where nothing imagined is distilled."""
     imagination: str | None
     uncertainty: str
+    regret_share: float
     accept: AcceptConfig
     policy: PolicyConfig
     distill: DistillConfig
@@ -282,13 +283,13 @@ class DistillJob:
     def _threshold(self, log: Log, segments: Segments) -> float:
         """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass.
 
-        Windows begin where regret is at least that of the flagged starts: there the planner works.
+        Windows begin in the share of the steps with the most regret, of which starts are drawn too.
         """
         if self.accept.threshold is not None:
             return self.accept.threshold
         v, returns = logged_values(self.values, self.log, self.place.device)
-        regret, held, flagged = v - returns, log.holdout_steps, segments.index[~segments.control]
-        begins = regret[held] >= regret[flagged].min() if len(flagged) else None
+        regret, held = v - returns, log.holdout_steps
+        begins = regret[held] >= np.quantile(regret, 1.0 - self.regret_share)
         return kappa(
             self._holdout_uncertainty(), log.transitions.episode[held], length=segments.length,
             survival=self.accept.survival, begins=begins,

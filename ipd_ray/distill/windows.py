@@ -84,7 +84,7 @@ class Windows:
         self.imagined_ratio = 0.0
         if len(self.imagined_ends) and config.imagined_ratio > 0:
             cap = config.reuse_cap * self.imagined_steps
-            self.imagined_ratio = min(config.imagined_ratio, cap / (len(t) + cap))
+            self.imagined_ratio = min(config.imagined_ratio, float(accepted.mean()), cap / (len(t) + cap))
             real = float(np.minimum(t.timestep + 1, context).mean())
             imagined = self.imagined_steps / len(self.imagined_ends)
             odds = self.imagined_ratio * real / max((1.0 - self.imagined_ratio) * imagined, 1e-9)

@@ -38,13 +38,19 @@ class Plan:
     action: Tensor
     """(B, A), to execute now."""
     best_score: Tensor
-    """(B,) of the best candidate, in transformed reward units."""
+    """(B,) of the best candidate or the last iterate, in transformed reward units."""
     mean_score: Tensor
-    """(B,) over the candidates."""
+    """(B,) over the candidates or the iterates."""
 
 
 ROWS = 1 << 17
 """Rows that are simulated at once: bounds memory. A constant, since results must not depend on the machine's."""
+
+
+GRADIENT_ROWS = 1 << 12
+"""The same where a whole plan's gradient is kept."""
+_CLIMB = 0.3
+"""Root mean square of one step of the climb, before tanh: a plan comes near its reach in `iterations` steps."""
 
 
 def candidates_per_elite(config: PlannerConfig, elites: int) -> int:
@@ -64,11 +70,16 @@ def plan(
 ) -> Plan:
     """Decide the next action of each state.
 
-    mpc: candidates follow the behaviour policy plus Gaussian noise for H steps, each inside one elite (mean
-    transitions). score = sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not having ended before.
+    gradient: see `_gradient`. mpc: candidates follow the behaviour policy plus Gaussian noise for H steps, each inside
+    one elite (mean transitions). score = sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not having
+    ended before.
     The action is the average of the candidates' first actions, weighted by softmax(standardised score / temperature)
     (MPPI). The first candidate of each elite carries no noise.
     """
+    if config.kind == "gradient":
+        chunk = max(1, GRADIENT_ROWS // dynamics.elites)
+        plans = [_gradient(part, dynamics, values, config, discount) for part in observation_BO.split(chunk)]
+        return _joined(plans)
     R = candidates_per_elite(config, dynamics.elites)
     depth = config.horizon if config.kind == "mpc" else 1
     B, device = len(observation_BO), observation_BO.device
@@ -81,7 +92,53 @@ def plan(
         part = slice(begin, begin + chunk)
         decide = _mpc if config.kind == "mpc" else _greedy_q
         plans.append(decide(observation_BO[part], noise[:, :, part], dynamics, values, config, discount))
+    return _joined(plans)
+
+
+def _joined(plans: list[Plan]) -> Plan:
     return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
+
+
+def _gradient(
+    observation_BO: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+) -> Plan:
+    """First-order MPC: climb the score from the behaviour policy's own plan, and take the plan's first action.
+
+    A plan is a change of the behaviour policy's action at each of H steps, a_h = pi(s_h) + reach * tanh(x_h), and is
+    scored in every elite: mean over them of sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not
+    having ended before. x climbs by steps of one size along the gradient, each state by itself. Without noise, plans
+    are a function of the state, which a policy can learn.
+    """
+    B, E, A = len(observation_BO), dynamics.elites, values.act(observation_BO[:1]).shape[-1]
+    x_HBA = observation_BO.new_zeros(config.horizon, B, A)
+    scores = []
+    action = observation_BO.new_zeros(B, A)
+    for i in range(config.iterations + 1):
+        with torch.enable_grad():
+            x_HBA.requires_grad_(i < config.iterations)
+            state = observation_BO.expand(E, -1, -1)
+            score = observation_BO.new_zeros(E, B)
+            alive = torch.ones_like(score)
+            for h in range(config.horizon):
+                act = (values.act(state) + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
+                if h == 0:
+                    action = act[0].detach()
+                state, reward, ended = dynamics.step(state, act)
+                score = score + discount**h * alive * reward
+                alive = alive * (1.0 - ended)
+            score = score + discount**config.horizon * alive * values.v(state)
+            total = score.mean(0)
+            if config.disagreement_penalty > 0:
+                total = total - config.disagreement_penalty * score.std(0)
+            scores.append(total.detach())
+            if i == config.iterations:
+                break
+            (gradient,) = torch.autograd.grad(total.sum(), x_HBA)
+        x_HBA = x_HBA.detach()
+        size = gradient.square().mean((0, 2), keepdim=True).sqrt() + 1e-8
+        x_HBA = x_HBA + _CLIMB * gradient / size
+    _require_finite(torch.stack(scores, 1))
+    return Plan(action, scores[-1], torch.stack(scores, 1).mean(1))
 
 
 def _mpc(

@@ -1,4 +1,4 @@
-"""Step 3: the states worth repairing, where V promises more than the episode brought."""
+"""Step 3: the states to plan from: where V promises more than the episode brought, and where a good policy is."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Starts:
     index: Ints
     """(S,) steps of the log."""
     control: Bools
-    """(S,) drawn uniformly, not by regret."""
+    """(S,) drawn uniformly, not by regret or V."""
 
 
 def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig, *, length: int, seed: int) -> Starts:
-    """Draw start states: a random part of the top regret share, and a uniform control group.
+    """Draw start states: random parts of the steps of most regret and of highest V, and a uniform control group.
 
     value, returns: V(s_t) and bootstrapped G_t, (T,). At most one start in any `length` consecutive steps, at most
     `episode_cap` of the starts in an episode.
@@ -29,9 +29,10 @@ def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig
     regret = value - returns
     rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
     steps = len(log.transitions)
-    top = np.argsort(-regret, kind="stable")[: max(1, int(config.regret_share * steps))]
+    share = max(1, int(config.regret_share * steps))
+    top, frontier = (np.argsort(-by, kind="stable")[:share] for by in (regret, value))
     cap = max(1, int(config.episode_cap * config.starts))
-    control_count = round(config.control_share * config.starts)
+    control_count, frontier_count = (round(s * config.starts) for s in (config.control_share, config.frontier_share))
     taken = np.zeros(steps + length, bool)
     per_episode = np.zeros(log.transitions.episodes, np.int64)
     episode = log.transitions.episode
@@ -49,8 +50,9 @@ def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig
         return chosen
 
     control = draw(np.arange(steps), control_count)
-    flagged = draw(top, config.starts - control_count)
-    index = np.array(control + flagged, np.int64)
+    high = draw(frontier, frontier_count)
+    flagged = draw(top, config.starts - control_count - frontier_count)
+    index = np.array(control + high + flagged, np.int64)
     is_control = np.arange(len(index)) < len(control)
     order = np.argsort(index)
     return Starts(index[order], is_control[order])

@@ -15,7 +15,7 @@ STEPS = 200
 
 
 def select(regret: np.ndarray, *, length: int = 5, seed: int = 0, **config: Any) -> Starts:
-    plain = {"starts": 20, "regret_share": 1.0, "control_share": 0.0, "episode_cap": 1.0}
+    plain = {"starts": 20, "regret_share": 1.0, "control_share": 0.0, "frontier_share": 0.0, "episode_cap": 1.0}
     value, returns = regret.astype(np.float32) + 3.0, np.full(STEPS, 3.0, np.float32)
     wanted = SelectConfig.model_validate({**plain, **config})
     return select_starts(LOG, value, returns, wanted, length=length, seed=seed)
@@ -56,7 +56,9 @@ def test_regret_is_what_v_promises_over_what_came():
     # V is 1 everywhere; only the steps that returned less are worth repairing.
     returns = np.ones(STEPS, np.float32)
     returns[[20, 60, 120]] = -5.0
-    config = SelectConfig(starts=3, regret_share=3 / STEPS, control_share=0.0, episode_cap=1.0)
+    config = SelectConfig(
+        starts=3, regret_share=3 / STEPS, control_share=0.0, frontier_share=0.0, episode_cap=1.0
+    )
     starts = select_starts(LOG, np.ones(STEPS, np.float32), returns, config, length=5, seed=0)
     assert starts.index.tolist() == [20, 60, 120]
 
@@ -76,3 +78,13 @@ def test_the_same_identity_draws_the_same_starts():
     one, again, other = (select(noise(), control_share=0.5, seed=s) for s in (3, 3, 4))
     assert np.array_equal(one.index, again.index) and np.array_equal(one.control, again.control)
     assert not np.array_equal(one.index, other.index)
+
+
+def test_the_frontier_is_where_v_is_highest():
+    # V falls with the step, and so does the return: only the last 20 steps are regretted, V is highest in the first.
+    value = -np.arange(STEPS, dtype=np.float32)
+    returns = value.copy()
+    returns[180:] -= 50.0
+    config = SelectConfig(starts=10, regret_share=0.1, control_share=0.0, frontier_share=0.5, episode_cap=1.0)
+    index = select_starts(LOG, value, returns, config, length=1, seed=0).index
+    assert (index < 20).sum() == 5 and (index >= 180).sum() == 5
