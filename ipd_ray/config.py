@@ -257,7 +257,7 @@ class DistillConfig(Section):
     critic_scale: Literal["std", "mean_abs"] = "std"
     """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not
     shift-invariant)."""
-    imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
     """Share of the imitated positions that are imagined; no more than the share of segments that was accepted, since
     where few pass, most of these pass by the errors of model and values."""
     reuse_cap: PositiveFloat = 10.0
