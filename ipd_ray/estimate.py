@@ -20,6 +20,7 @@ import torch
 from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_path
+from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
@@ -258,9 +259,11 @@ def _update(step: str, flops: float, rate: float, speed: Speed) -> float:
 
 def _imagine_operations(config: RunConfig, sizes: Sizes, w: _Weights) -> float:
     elites, planner = config.world_model.elites, config.planner
-    candidates = elites * -(-planner.candidates // elites)
-    depth = planner.horizon if planner.kind == "mpc" else 1
-    plan = candidates * (depth * (w.model + w.behaviour + w.termination) + w.v)
+    plans = elites * -(-planner.candidates // elites)
+    if planner.kind == "gradient":  # a gradient costs two more passes
+        plans = elites * (3 * planner.iterations + 1)
+    depth = 1 if planner.kind == "greedy_q" else planner.horizon
+    plan = plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
     return 2.0 * _starts(config, sizes) * config.imagine.length * (plan + elites * w.model)
 
 
@@ -275,9 +278,12 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
         return log + 4.0 * steps * (2 * o + a + 1) * 3 + 8.0 * steps * m.members + 4.0 * 6 * m.members * w.model
     if step == "imagine":
         m, elites = config.world_model, config.world_model.elites
-        rows = config.imagine.shard_size * elites * -(-config.planner.candidates // elites)
-        chunk = min(rows, 1 << 17)
-        return log + 4.0 * (rows * a * config.planner.horizon + chunk * (3 * o + 4 * max(m.width, config.values.width)))
+        width, planner = max(m.width, config.values.width), config.planner
+        if planner.kind == "gradient":  # every activation of a plan is kept
+            rows = min(config.imagine.shard_size * elites, GRADIENT_ROWS)
+            return log + 4.0 * rows * planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
+        rows = config.imagine.shard_size * elites * -(-planner.candidates // elites)
+        return log + 4.0 * (rows * a * planner.horizon + min(rows, ROWS) * (3 * o + 4 * width))
     if step == "distill":
         p, d = config.policy, config.distill
         tokens = _tokens(config)

@@ -19,7 +19,7 @@ def decide(
     dynamics: Line, values: KnownValues, *, at: tuple[float, ...] = (0.0,), seed: int = 0, **config: Any
 ) -> Plan:
     """Plan for points on the line; gamma 0.9."""
-    plain = {"candidates": 2048, "horizon": 1, "noise_std": 0.5, "temperature": 0.01}
+    plain = {"kind": "mpc", "candidates": 2048, "horizon": 1, "noise_std": 0.5, "temperature": 0.01}
     return plan(
         torch.tensor(at)[:, None], dynamics, values, PlannerConfig.model_validate({**plain, **config}), discount=0.9,
         generator=torch.Generator().manual_seed(seed),
@@ -162,7 +162,49 @@ def test_greedy_q_takes_the_candidate_of_highest_q():
     assert planned.best_score.tolist() == pytest.approx([0.0, 0.0], abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["mpc", "greedy_q"])
+def test_plans_climb_to_the_best_reward_within_their_reach():
+    # To be at 0.6 the points at 0 and 0.5 move by 0.6 and 0.1; a reach of 0.3 about the policy's 0.2 ends at 0.5.
+    policy = KnownValues(policy=lambda s: torch.full_like(s, 0.2))
+    far, near = decide(Line(nearness_to(0.6)), policy, at=(0.0, 0.5), kind="gradient", reach=0.3).action[:, 0].tolist()
+    assert 0.45 < far <= 0.5
+    assert near == pytest.approx(0.1, abs=0.08)
+    planned = decide(Line(nearness_to(5.0)), policy, kind="gradient", reach=2.0)
+    assert 0.9 < planned.action.item() <= 1.0  # clipped at the bound
+
+
+def test_a_climb_ends_above_where_the_behaviour_policy_begins():
+    # Policy a = 0.5, V = 10: .5 + .9 * 1 + .81 * 1.5 + .729 * 10 at the start, +1 of reach at each of 3 steps at most.
+    values = KnownValues(value=lambda s: torch.full_like(s, 10.0), policy=lambda s: torch.full_like(s, 0.5))
+    planned = decide(Line(lambda s, s2: s2), values, horizon=3, kind="gradient", reach=0.1)
+    start = 0.5 + 0.9 + 1.215 + 7.29
+    assert planned.mean_score.item() > start
+    assert start + 0.4 < planned.best_score.item() <= start + 0.1 + 0.9 * 0.2 + 0.81 * 0.3 + 1e-5
+
+
+def test_a_climb_sees_the_value_behind_its_horizon_and_the_end_before_it():
+    # V falls with s, so it goes left; where the world ends on the left for sure, V there counts for nothing.
+    values = KnownValues(value=lambda s: 5.0 - s)
+    left = decide(Line(lambda s, s2: 0.0 * s2), values, horizon=2, kind="gradient").action.item()
+    assert left < -0.2
+    ending = Line(lambda s, s2: 0.0 * s2, ended=lambda s2: torch.sigmoid(-50.0 * (s2 + 0.1)))
+    assert decide(ending, values, horizon=2, kind="gradient").action.item() > left + 0.1
+
+
+def test_a_climb_is_wary_of_what_elites_disagree_on():
+    free, wary = (
+        decide(Quarrel(), KnownValues(), at=(0.1,), kind="gradient", disagreement_penalty=p).action.item()
+        for p in (0.0, 2.0)
+    )
+    assert free > 0.2 and wary < 0.0
+
+
+def test_a_climb_is_a_function_of_the_state():
+    values = KnownValues(value=torch.cos)
+    one, other = (decide(Line(nearness_to(0.3)), values, kind="gradient", horizon=3, seed=s).action for s in (0, 1))
+    assert torch.equal(one, other) and not one.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["gradient", "mpc", "greedy_q"])
 def test_states_planned_in_pieces_get_the_same_plans(kind: str, monkeypatch: pytest.MonkeyPatch):
     at = tuple(torch.linspace(-1.0, 1.0, 7).tolist())
     values = KnownValues(value=lambda s: torch.cos(s), action_value=lambda s, a: -((a - s) ** 2))
@@ -170,6 +212,7 @@ def test_states_planned_in_pieces_get_the_same_plans(kind: str, monkeypatch: pyt
     whole = decide(Line(nearness_to(0.3)), values, **config)
     for rows in (1, 16, 48):  # 1, 1 and 3 states at a time
         monkeypatch.setattr(planner, "ROWS", rows)
+        monkeypatch.setattr(planner, "GRADIENT_ROWS", rows)
         pieces = decide(Line(nearness_to(0.3)), values, **config)
         assert torch.allclose(whole.action, pieces.action, atol=1e-6)
         assert torch.allclose(whole.best_score, pieces.best_score, atol=1e-6)
@@ -184,6 +227,13 @@ def test_non_finite_scores_stop_the_run_with_their_count(kind: str):
     values = KnownValues(value=bad, action_value=lambda s, a: bad(s))
     with pytest.raises(FloatingPointError, match="4 of 8 planner scores are not finite"):
         decide(Line(nearness_to(0.0)), values, at=(-3.0, 3.0), candidates=4, noise_std=0.1, kind=kind)
+
+
+def test_a_climb_that_is_not_finite_stops_the_run_with_its_count():
+    # Of two states one is bad, in all its 7 iterates.
+    values = KnownValues(value=lambda s: torch.where(s > 0.5, torch.nan, s))
+    with pytest.raises(FloatingPointError, match="7 of 14 planner scores are not finite"):
+        decide(Line(nearness_to(0.0)), values, at=(-3.0, 3.0), kind="gradient")
 
 
 def test_noise_comes_from_the_generator_alone():

@@ -31,7 +31,8 @@ def spec(*index: int, shard: int = 0) -> ShardSpec:
 
 def imagine(*index: int, shard: int = 0, length: int = 3, seed: int = 0, **more: Any) -> Segments:
     # One candidate an elite, which carries no noise: a = 0.1 always, unless more are asked for.
-    planner, config = PlannerConfig(candidates=more.pop("candidates", 2), horizon=2), ImagineConfig(length=length)
+    planner = PlannerConfig(kind="mpc", candidates=more.pop("candidates", 2), horizon=2)
+    config = ImagineConfig(length=length)
     return imagine_shard(
         spec(*index, shard=shard), LOG, EDGE, VALUES, planner, config, seed=seed, device="cpu", **more
     )
@@ -105,7 +106,7 @@ def test_the_learned_world_imagines_the_same_bits_whoever_asks():
     learned = learned_pendulum()
 
     def digest() -> str:
-        planner, config = PlannerConfig(candidates=12, horizon=3), ImagineConfig(length=4)
+        planner, config = PlannerConfig(kind="mpc", candidates=12, horizon=3), ImagineConfig(length=4)
         return imagine_shard(
             spec(10, 400, 1200), learned.log, learned.world_model, learned.values, planner, config, seed=0, device="cpu"
         ).digest
