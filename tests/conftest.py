@@ -108,6 +108,7 @@ class Method:
         return kind(
             work=str(work), place=Place("cpu", 1, every), log=self.log, values=self.values,
             world_model=self.world_model, imagination=self.imagination, uncertainty=self.imagine.uncertainty,
+            regret_share=0.3,
             accept=AcceptConfig(threshold=1e6, min_length=1, margin=0.0, range_margin=10.0),
             policy=PolicyConfig(context=4, layers=1, heads=2, width=16, dropout=dropout),
             distill=DistillConfig(updates=60, batch_size=16, warmup=5, eta=0.5), seed=0, **more,
