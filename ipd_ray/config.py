@@ -151,10 +151,10 @@ class SelectConfig(Section):
 class PlannerConfig(Section):
     """Step 4, MPC inside the world model."""
 
-    kind: Literal["gradient", "mpc", "greedy_q"] = "gradient"
-    """gradient: MPC whose plans climb the gradient of the score, through world model and V; mpc: the paper's, plans are
-    sampled; greedy_q: the sample with the best Q(s, a), no look-ahead (the control). Sampled plans carry noise that a
-    policy cannot learn (docs/notes.md)."""
+    kind: Literal["gradient", "mpc", "greedy_q"] = "mpc"
+    """mpc: the paper's, plans are sampled; gradient: MPC whose plans climb the gradient of the score, through world
+    model and V; greedy_q: the sample with the best Q(s, a), no look-ahead (the control). Gradient plans are stronger
+    and teach a policy more, which pays where nothing can fall and harms on Hopper (docs/notes.md)."""
     iterations: PositiveInt = 6
     """Steps of the climb (gradient)."""
     reach: Annotated[float, Field(gt=0.0, le=2.0)] = 0.3

@@ -85,16 +85,17 @@ class Tier:
         return _by_part(self.presets, dataset)
 
 
+SMALL_PRESETS = {"pendulum": "demo", "halfcheetah": "gym-small-endless", "": "gym-small"}
 TIERS = {
     "demo": Tier(
         {"": "demo"}, (0, 1, 2, 3, 4), {"": 20_000}, ("demo",), about="the embedded demo data, its preset: minutes"
     ),
     "small": Tier(
-        {"pendulum": "demo", "": "gym-small"}, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
+        SMALL_PRESETS, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
         about="presets as shipped for two cores; peers 20,000 updates (Decision Transformer 5,000)",
     ),
     "short": Tier(
-        {"pendulum": "demo", "": "gym-small"}, (0, 1, 2), {"": 20_000},
+        SMALL_PRESETS, (0, 1, 2), {"": 20_000},
         ("bench/hopper/mixed-v0", "bench/pendulum/medium-v0"), {"distill.updates": 20_000},
         about="two sets, 20,000 updates of policy and peers: a night on two cores",
     ),
