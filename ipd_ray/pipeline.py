@@ -24,6 +24,7 @@ from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.files import folder_bytes
+from ipd_ray.imagine import refine as imagine_refine
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener
 from ipd_ray.steps import (
@@ -32,6 +33,7 @@ from ipd_ray.steps import (
     Place,
     finish_imagination,
     run_evaluate,
+    run_refine,
     run_select,
     run_shard,
     run_values,
@@ -41,8 +43,8 @@ from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 2
-STEPS = ("values", "world_model", "imagine", "distill", "evaluate")
+IMAGINE_VERSION = 3
+STEPS = ("values", "world_model", "refine", "imagine", "distill", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -94,21 +96,31 @@ class Parts:
             {"data": c.data, "world_model": c.world_model},
             data,
         )
+        learned = {"values": self.values.key, "world_model": self.world_model.key}
+        self.refine: Part | None = None
+        """None where plans ask the V of the log."""
+        if c.refine.rounds > 0:
+            sections = {"planner": c.planner, "refine": c.refine}
+            self.refine = Part("refine", "refine", imagine_refine.VERSION, c.seed, sections, learned)
+        self.planned_values = self.refine or self.values
+        """V, Q and behaviour policy as the planner asks them, and as its plans are judged and prompted."""
         self.imagine = Part(
             "imagine",
             "imagine",
             IMAGINE_VERSION,
             c.seed,
             {"select": c.select, "planner": c.planner, "imagine": c.imagine},
-            {"values": self.values.key, "world_model": self.world_model.key},
+            {**learned, "values": self.planned_values.key},
         )
+        self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
         self.distill: dict[str, Part] = {}
         self.evaluate: dict[str, Part] = {}
         for variant, distill in variants(c).items():
             suffix = "" if variant == "ipd" else f":{variant}"
             imagined = distill.imagined_ratio > 0
             sections = {"policy": c.policy, "distill": distill, **({"accept": c.accept} if imagined else {})}
-            upstream = {"values": self.values.key, **({"imagine": self.imagine.key} if imagined else {})}
+            values = self.planned_values if imagined else self.values
+            upstream = {"values": values.key, **({"imagine": self.imagine.key} if imagined else {})}
             self.distill[variant] = Part(f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream)
             self.evaluate[variant] = Part(
                 f"evaluate{suffix}",
@@ -120,8 +132,11 @@ class Parts:
             )
 
     def until(self, last: str) -> list[Part]:
-        """All parts up to and including a step, in order."""
-        parts = [self.values, self.world_model, self.imagine, *self.distill.values(), *self.evaluate.values()]
+        """All parts that a run up to and including a step needs, in order."""
+        ahead = [self.world_model, *([self.refine] if self.refine else []), self.imagine]
+        if STEPS.index(last) >= STEPS.index("distill") and not self._imagines:
+            ahead = []
+        parts = [self.values, *ahead, *self.distill.values(), *self.evaluate.values()]
         return [p for p in parts if STEPS.index(p.step) <= STEPS.index(last)]
 
 
@@ -188,16 +203,16 @@ class Context:
 
 def run_until(context: Context, last: str = "evaluate") -> None:
     """The method. Each step is reused where its key is in the store."""
-    order = STEPS.index(last)
-    learn_values_and_world_model(context, also_world_model=order != 0)
-    if order >= STEPS.index("imagine"):
+    needed = {part.step for part in context.parts.until(last)}
+    learn_values_and_world_model(context, also_world_model="world_model" in needed)
+    if "refine" in needed:
+        refine(context)
+    if "imagine" in needed:
         imagine(context)
-    if order >= STEPS.index("distill"):
-        for variant in variants(context.config):
-            distill(context, variant)
-    if order >= STEPS.index("evaluate"):
-        for variant in variants(context.config):
-            evaluate(context, variant)
+    for variant in variants(context.config) if "distill" in needed else ():
+        distill(context, variant)
+    for variant in variants(context.config) if "evaluate" in needed else ():
+        evaluate(context, variant)
 
 
 def learn_values_and_world_model(context: Context, also_world_model: bool = True) -> None:
@@ -229,11 +244,33 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
     context.obtain(parts, compute)
 
 
+def refine(context: Context) -> None:
+    """Step 3: V learned on inside the world model."""
+    config, part = context.config, context.parts.refine
+    assert part is not None  # part of the run
+
+    def compute(folders: dict[str, Path]) -> None:
+        folder = folders["refine"]
+        arguments = {
+            "work": str(folder),
+            "place": context.place(),
+            "log": context.log,
+            "values": context.path(context.parts.values),
+            "world_model": context.path(context.parts.world_model),
+            "planner": config.planner,
+            "config": config.refine,
+            "seed": config.seed,
+        }
+        context.engine.run_steps(
+            [Task(part.name, run_refine, arguments)], CurveTail(part.name, folder, context.listener)
+        )
+
+    context.obtain({"refine": part}, compute)
+
+
 def imagine(context: Context) -> None:
-    """Steps 3 and 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
+    """Step 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
     config, part = context.config, context.parts.imagine
-    if all(v.imagined_ratio == 0 for v in variants(config).values()):
-        return
 
     def compute(folders: dict[str, Path]) -> None:
         folder = folders["imagine"]
@@ -242,7 +279,7 @@ def imagine(context: Context) -> None:
             "work": str(folder),
             "place": context.place(),
             "log": context.log,
-            "values": context.path(context.parts.values),
+            "values": context.path(context.parts.planned_values),
             "imagine": config.imagine,
             "seed": config.seed,
         }
@@ -251,7 +288,12 @@ def imagine(context: Context) -> None:
         done = len(specs) - len(missing)
         if done:
             context.listener.note(f"imagine: {done} of {len(specs)} shards are there already")
-        arguments = {**shared, "world_model": context.path(context.parts.world_model), "planner": config.planner}
+        arguments = {
+            **shared,
+            "log_values": context.path(context.parts.values),
+            "world_model": context.path(context.parts.world_model),
+            "planner": config.planner,
+        }
         tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
         finished = done
 
@@ -290,7 +332,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
             work=str(folder),
             place=context.place(train_threads(config)),
             log=context.log,
-            values=context.path(context.parts.values),
+            values=context.path(context.parts.planned_values if imagined else context.parts.values),
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
             uncertainty=config.imagine.uncertainty,

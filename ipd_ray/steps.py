@@ -22,6 +22,7 @@ from ipd_ray.config import (
     ImagineConfig,
     PlannerConfig,
     PolicyConfig,
+    RefineConfig,
     SelectConfig,
     ValuesConfig,
     WorldModelConfig,
@@ -44,6 +45,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
+from ipd_ray.imagine.refine import fit_refined
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.training import set_threads
@@ -127,10 +129,34 @@ def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConf
     fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
 
 
+def run_refine(
+    work: str,
+    place: Place,
+    log: LogRef,
+    values: str,
+    world_model: str,
+    planner: PlannerConfig,
+    config: RefineConfig,
+    seed: int,
+) -> None:
+    """Step 3."""
+    fit_refined(
+        log.load(),
+        values_of(values, place.device),
+        world_model_of(world_model, place.device),
+        planner,
+        config,
+        Artifact(Path(values)).described,
+        seed=seed,
+        device=place.device,
+        workspace=place.workspace(work),
+    )
+
+
 def run_select(
     work: str, place: Place, log: LogRef, values: str, select: SelectConfig, imagine: ImagineConfig, seed: int
 ) -> list[ShardSpec]:
-    """Step 3: return the shards to imagine, the same for the same identity."""
+    """Step 4: return the shards to imagine, the same for the same identity."""
     place.workspace(work)
     v, returns = logged_values(values, log, place.device)
     starts = select_starts(log.load(), v, returns, select, length=imagine.length, seed=seed)
@@ -142,13 +168,14 @@ def run_shard(
     place: Place,
     log: LogRef,
     values: str,
+    log_values: str,
     world_model: str,
     planner: PlannerConfig,
     imagine: ImagineConfig,
     seed: int,
     spec: ShardSpec,
 ) -> dict[str, Any]:
-    """Step 4: imagine one shard and write it; return its manifest entry."""
+    """Step 4: imagine one shard and write it; return its manifest entry. values: refined, where they were."""
     workspace = place.workspace(work)
     segments = imagine_shard(
         spec,
@@ -159,6 +186,7 @@ def run_shard(
         imagine,
         seed=seed,
         device=place.device,
+        log_values=values_of(log_values, place.device),
     )
     gain = segments.reward.sum(1) - segments.own_reward.sum(1)
     summary = {
@@ -409,6 +437,7 @@ def _no_segments(log: Log) -> Segments:
         own_terminal=np.zeros((0, 1), bool),
         own_length=none,
         own_value=np.zeros((0, 2), np.float32),
+        log_value=np.zeros(0, np.float32),
     )
 
 

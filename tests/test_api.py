@@ -65,7 +65,7 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
     assert {"return_mean", "return_max"} <= summary["data"].keys()
     assert {"return_mean", "return_std", "normalised", "episodes"} <= summary["policy"].keys()
     assert {"accepted", "accept_rate"} <= summary["imagined"].keys()
-    assert list(summary["seconds"]) == ["values", "world_model", "imagine", "distill", "evaluate"]
+    assert list(summary["seconds"]) == ["values", "world_model", "refine", "imagine", "distill", "evaluate"]
     assert summary["seed"] == 0 and len(summary["key"]) == 64
     identity = json.loads((folder / "run.json").read_text())
     assert identity["dataset"] == LOG and identity["store"] == str(place / "runs" / "store")
@@ -103,7 +103,7 @@ def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> No
     heard = Heard()
     run(LOG, settings("distill.eta=0.1"), run_dir=place / "runs" / "second", listeners=[heard])
     assert heard.ended == {
-        "values": True, "world_model": True, "imagine": True, "distill": False, "evaluate": False,
+        "values": True, "world_model": True, "refine": True, "imagine": True, "distill": False, "evaluate": False,
     }
 
 
@@ -113,7 +113,7 @@ def test_a_run_may_end_early_and_go_on_later(place: Path) -> None:
     assert list(summary["seconds"]) == ["values"] and "policy" not in summary
     assert not (folder / "policy").exists()
     assert [row["step"] for row in summary_states(place, folder)] == [
-        "values", "world_model", "imagine", "distill", "evaluate"
+        "values", "world_model", "refine", "imagine", "distill", "evaluate"
     ]
 
 
@@ -122,7 +122,7 @@ def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
 
     planned = plan(LOG, settings("seed=5"), run_dir=folder)
     states = [row["state"] for row in planned["steps"]]
-    assert states == ["reused", "to do", "to do", "to do", "to do"]
+    assert states == ["reused"] + ["to do"] * 5
     assert planned["total"]["seconds"] > 0 and planned["total"]["disk"] > 0
     assert planned["steps"][0]["seconds"] == 0
     return planned["steps"]

@@ -35,7 +35,7 @@ class Section:
 def _curve_section(view: View) -> str:
     panels = []
     variants = [name for name in view.curves if name.partition(":")[0] == "distill"]
-    for part in ("values", "world_model", "imagine"):
+    for part in ("values", "world_model", "refine", "imagine"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}
@@ -164,6 +164,22 @@ def _values_section(view: View) -> str:
                     alt="Gap between value and return by decile of value",
                 ),
                 "Expected: above zero at the left (states that V would repair), near zero at the right.",
+            )
+        )
+    refined = view.diagnostics("refine")
+    errors = {"refined V": number(refined, "rmse"), "V of the log": number(refined, "rmse_log")}
+    if known := {name: error for name, error in errors.items() if error is not None}:
+        panels.append(
+            panel(
+                "Error of V where the planner goes",
+                figures.bars(
+                    known,
+                    x="root mean square error, spreads of the outcome",
+                    own=("refined V",),
+                    alt="Error of V, refined and of the log, against what came of imagined roll-outs",
+                ),
+                "Against the returns of the planner, imagined from held-out episodes. Bad: no smaller than grey, since "
+                "plans are then judged by a V that does not know them.",
             )
         )
     return panels_of(panels)

@@ -49,6 +49,7 @@ def segments(data: Transitions) -> Segments:
         observation=np.repeat(data.observation[index][:, None], L + 1, 1), action=zeros[..., None],
         reward=zeros, terminal=zeros > 0, uncertainty=zeros + 0.1, value=np.tile(np.linspace(-1, 1, S)[:, None], L + 1),
         own_reward=zeros, own_terminal=zeros > 0, own_length=np.full(S, L), own_value=np.zeros((S, L + 1), np.float32),
+        log_value=np.linspace(-1, 1, S),
     )
 
 
@@ -216,6 +217,7 @@ def test_a_healthy_run_has_no_warning(tmp_path):
     [
         ({"values": {"rank_correlation": 0.1}}, "no better (0.10) than the time step alone (0.20)"),
         ({"values": {"gap_by_decile": [0.0, 1.5]}}, "overestimates"),
+        ({"refine": {"rmse": 0.5, "rmse_log": 0.4}}, "no better where the planner goes (error 0.50)"),
         ({"world_model": {"rmse": 0.5}}, "no better (error 0.500) than a linear fit (0.500)"),
         ({"world_model": {"uncertainty_rank_correlation": {"spread": 0.19}}}, "hardly follows the true error"),
         ({"world_model": {"rollout_rmse_by_depth": {"model": [1.0, 2.0], "still": [1.5, 2.0]}}}, "At depth 2"),
