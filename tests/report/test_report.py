@@ -73,6 +73,7 @@ HEALTHY = {
         "termination": {"true": 0, "found": 0, "false_alarms": 0, "steps": 10},
         "sample": {"uncertainty": [0.1, 0.2, 0.4], "error": [0.1, 0.3, 0.5]},
     },
+    "refine": {"rmse": 0.2, "rmse_log": 0.4, "v_std": 1.0},
     "imagine": {"shards": 1, "segments": 6, "steps": 18},
     "distill": {"imagined_ratio": 0.5, "imagined": IMAGINED},
     "evaluate": {"returns": [10.0, 11.0, 12.0]},
