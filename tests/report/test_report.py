@@ -172,7 +172,7 @@ def count_figures(page: str) -> dict[str, int]:
 def test_a_whole_run_has_every_section_with_its_figures(page):
     # curves: values and world model, positive and signed; imagine; distill, each metric
     assert count_figures(page) == {
-        "curves": 7, "returns": 1, "values": 3, "world-model": 4, "imagination": 4, "film": 0,
+        "curves": 7, "returns": 1, "values": 4, "world-model": 4, "imagination": 4, "film": 0,
     }
     assert section(page, "film").count("<img") == 10
     assert "11 ± 1" in section(page, "headline")
@@ -309,7 +309,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert rows == [("seed", "0", "1"), ("planner.horizon", "5", "9")]
     assert section(page, "headline").count("<td>11 ± 1</td>") == 2
     assert section(page, "headline").count("<svg") == 1
-    assert section(page, "values").count("<svg") == 6
+    assert section(page, "values").count("<svg") == 8
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
