@@ -50,7 +50,7 @@ def run(
     dataset: a Minari id, local or remote, or `demo`.
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
-    until: the last step: values, world_model, refine, imagine, distill or evaluate.
+    until: the last step: values, world_model, imagine, distill, choose or evaluate.
     listeners: hear of the run beside its own files, and are closed at its end; see ipd_ray.progress.Listener.
 
     Call it again with the same arguments and it goes on where it stopped: what is finished is reused.
@@ -134,8 +134,7 @@ def job_of(run: RunFolder) -> DistillJob:
     columns = columns_path(run.store / "data", run.identity["content_hash"])
     return DistillJob(
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
-        log=LogRef(str(columns), config.data, config.seed),
-        values=str(run.artifact("refine" if config.refine.rounds else "values")),
+        log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
         world_model=str(run.artifact("world_model")), imagination=str(run.artifact("imagine")),
         uncertainty=config.imagine.uncertainty,
         regret_share=config.select.regret_share, accept=config.accept, policy=config.policy, distill=config.distill,

@@ -123,7 +123,7 @@ class WorldModelConfig(Section):
 
 
 class SelectConfig(Section):
-    """Step 4, which states of the log to plan from."""
+    """Step 3, which states of the log to plan from."""
 
     starts: PositiveInt = 20_000
     """Start states wanted; fewer where the spacing and the cap an episode leave fewer."""
@@ -170,25 +170,6 @@ class PlannerConfig(Section):
     disagreement_penalty: NonNegativeFloat = 0.0
     """Multiple of the std over the elites that is taken off a score: of the whole plan's (gradient) or of the value of
     its first step (mpc)."""
-
-
-class RefineConfig(Section):
-    """Step 3, V learned on inside the world model, for the planner that will ask it."""
-
-    rounds: NonNegativeInt = 2
-    """Times that the planner is rolled out and V learns from what came of it. 0: plans ask the V of the log."""
-    starts: PositiveInt = 1000
-    """States rolled out a round, half of them among the best of the log."""
-    length: PositiveInt = 100
-    """Imagined steps of each. Longer sees later ends, and trusts the world model for longer."""
-    updates: PositiveInt = 2500
-    """Gradient updates of V a round."""
-    learning_rate: PositiveFloat = 1e-3
-    """Adam's step size; falls to a twentieth in each round."""
-    trace: Fraction = 0.97
-    """lambda of the returns that V learns: 0 asks V after one step, 1 only at the end."""
-    noise_std: Fraction = 0.1
-    """Std of Gaussian noise on the actions of every second roll-out, in rescaled action units."""
 
 
 class ImagineConfig(Section):
@@ -293,8 +274,21 @@ class DistillConfig(Section):
     """Raw return asked for at run time by prompt=fixed; the log's best episode where not given."""
 
 
+class ChooseConfig(Section):
+    """Step 6, which policy is kept: the one that does best inside the world model."""
+
+    episodes: NonNegativeInt = 200
+    """Episodes that each candidate plays inside the world model. 0: the last policy of distillation is kept."""
+    length: PositiveInt = 500
+    """Imagined steps of each; no more than the log's longest episode."""
+    noise_std: Fraction = 0.1
+    """Std of Gaussian noise on each action, in rescaled action units."""
+    without_imagination: bool = True
+    """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
+
+
 class EvaluateConfig(Section):
-    """Step 6, the policy in the real environment."""
+    """Step 7, the policy in the real environment."""
 
     episodes: PositiveInt = 20
     """Episodes, all advancing together."""
@@ -353,11 +347,11 @@ class RunConfig(Section):
     world_model: WorldModelConfig = WorldModelConfig()
     select: SelectConfig = SelectConfig()
     planner: PlannerConfig = PlannerConfig()
-    refine: RefineConfig = RefineConfig()
     imagine: ImagineConfig = ImagineConfig()
     accept: AcceptConfig = AcceptConfig()
     policy: PolicyConfig = PolicyConfig()
     distill: DistillConfig = DistillConfig()
+    choose: ChooseConfig = ChooseConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 

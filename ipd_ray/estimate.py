@@ -23,9 +23,9 @@ from ipd_ray.data.columns import columns_path
 from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
-EFFICIENCY = {"values": 0.4, "world_model": 0.36, "refine": 0.4, "imagine": 0.4, "distill": 0.4}
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
-OPERATIONS = {"values": 700, "world_model": 200, "refine": 150, "distill": 1200}
+OPERATIONS = {"values": 700, "world_model": 200, "distill": 1200}
 """Small operations an update."""
 SECOND_CORE = 0.8
 """What each further thread of distillation adds, in threads."""
@@ -33,6 +33,8 @@ STARTUP_SECONDS = 3.0
 """A worker process until it works."""
 ENVIRONMENT_SECONDS = 1e-4
 """One step of one environment."""
+IMAGINED_SECONDS = 7e-5
+"""One imagined step of one episode, the policy's forward pass included."""
 ACT_SECONDS = 4e-3
 """One forward pass of the policy for all environments."""
 PROCESS_BYTES = 400e6
@@ -230,16 +232,10 @@ def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float
         each = _update("world_model", 6.0 * m.batch_size * (m.members * w.model + w.termination), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
-    if part.step in ("refine", "imagine"):
-        rate = speed.product(config.world_model.elites, 4096, config.world_model.width)
-        if part.step == "imagine":
-            steps = _starts(config, sizes) * config.imagine.length
-            return steps * _plan_operations(config, w) / EFFICIENCY["imagine"] / rate
-        r = config.refine
-        rolled = r.starts * (r.rounds - 1) + 200  # the first round plans nothing; 200 starts check the result
-        each = _update("refine", 6.0 * 768 * w.v, speed.product(1, 768, config.values.width), speed)
-        roll_outs = rolled * r.length * _plan_operations(config, w) / EFFICIENCY["refine"] / rate
-        return roll_outs + r.rounds * r.updates * each
+    if part.step == "imagine":
+        return _imagine_operations(config, sizes, w) / EFFICIENCY["imagine"] / speed.product(
+            config.world_model.elites, 4096, config.world_model.width
+        )
     if part.step == "distill":
         p, d = config.policy, config.distill
         tokens = _tokens(config)
@@ -248,6 +244,9 @@ def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * tokens, p.width) * threads
         return d.updates * _update("distill", flops, rate, speed)
+    if part.step == "choose":
+        played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
+        return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
     steps = config.distill.snapshots * (config.evaluate.max_steps or sizes.longest)
     return steps * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
 
@@ -263,15 +262,14 @@ def _update(step: str, flops: float, rate: float, speed: Speed) -> float:
     return flops / rate / EFFICIENCY[step] + OPERATIONS[step] * speed.operation
 
 
-def _plan_operations(config: RunConfig, w: _Weights) -> float:
-    """Operations of one imagined step: a plan, and the step itself."""
+def _imagine_operations(config: RunConfig, sizes: Sizes, w: _Weights) -> float:
     elites, planner = config.world_model.elites, config.planner
     plans = elites * -(-planner.candidates // elites)
     if planner.kind == "gradient":  # a gradient costs two more passes
         plans = elites * (3 * planner.iterations + 1)
     depth = 1 if planner.kind == "greedy_q" else planner.horizon
     plan = plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
-    return 2.0 * (plan + elites * w.model)
+    return 2.0 * _starts(config, sizes) * config.imagine.length * (plan + elites * w.model)
 
 
 def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
@@ -283,16 +281,13 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         m = config.world_model
         return log + 4.0 * steps * (2 * o + a + 1) * 3 + 8.0 * steps * m.members + 4.0 * 6 * m.members * w.model
-    if step in ("refine", "imagine"):
+    if step == "imagine":
         m, elites = config.world_model, config.world_model.elites
         width, planner = max(m.width, config.values.width), config.planner
-        together = config.imagine.shard_size
-        if step == "refine":
-            together, log = config.refine.starts, log + 4.0 * config.refine.starts * config.refine.length * 3 * (o + 4)
         if planner.kind == "gradient":  # every activation of a plan is kept
-            rows = min(together * elites, GRADIENT_ROWS)
+            rows = min(config.imagine.shard_size * elites, GRADIENT_ROWS)
             return log + 4.0 * rows * planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
-        rows = together * elites * -(-planner.candidates // elites)
+        rows = config.imagine.shard_size * elites * -(-planner.candidates // elites)
         return log + 4.0 * (rows * a * planner.horizon + min(rows, ROWS) * (3 * o + 4 * width))
     if step == "distill":
         p, d = config.policy, config.distill
@@ -309,8 +304,6 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
         return 4.0 * (w.values * 5)
     if step == "world_model":
         return 4.0 * (config.world_model.members * w.model * 5 + w.termination + 3 * sizes.held)
-    if step == "refine":  # the roll-outs are in the checkpoint
-        return 4.0 * (w.values * 2 + config.refine.starts * config.refine.length * (sizes.observation + 1))
     if step == "imagine":
         return _segment_bytes(config, sizes)
     if step == "distill":

@@ -21,10 +21,10 @@ from ipd_ray.data.transitions import Transitions
 from ipd_ray.distill import fit as distill_fit
 from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
+from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.files import folder_bytes
-from ipd_ray.imagine import refine as imagine_refine
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener
 from ipd_ray.steps import (
@@ -32,8 +32,8 @@ from ipd_ray.steps import (
     LogRef,
     Place,
     finish_imagination,
+    run_choose,
     run_evaluate,
-    run_refine,
     run_select,
     run_shard,
     run_values,
@@ -43,8 +43,8 @@ from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 3
-STEPS = ("values", "world_model", "refine", "imagine", "distill", "evaluate")
+IMAGINE_VERSION = 2
+STEPS = ("values", "world_model", "imagine", "distill", "choose", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,16 @@ class Part:
 
 
 def variants(config: RunConfig) -> dict[str, DistillConfig]:
-    """What is distilled: the policy itself ("ipd"), and the ablations that were asked for."""
+    """What is distilled: the policy itself ("ipd"), the ablations that were asked for, and what it is chosen from."""
     plain = {"imagined_ratio": 0.0}
     changes: dict[str, dict[str, Any]] = {
         "bc": {**plain, "eta": 0.0, "prompt": "none", "data_temperature": 0.0},
         "no_imagination": plain,
     }
     out = {"ipd": config.distill}
-    for name in config.ablations:
+    choose, imagines = config.choose, config.distill.imagined_ratio > 0
+    also = ("no_imagination",) if choose.episodes > 0 and choose.without_imagination and imagines else ()
+    for name in (*config.ablations, *also):
         out[name] = config.distill.model_copy(update=changes[name])
     return out
 
@@ -96,21 +98,13 @@ class Parts:
             {"data": c.data, "world_model": c.world_model},
             data,
         )
-        learned = {"values": self.values.key, "world_model": self.world_model.key}
-        self.refine: Part | None = None
-        """None where plans ask the V of the log."""
-        if c.refine.rounds > 0:
-            sections = {"planner": c.planner, "refine": c.refine}
-            self.refine = Part("refine", "refine", imagine_refine.VERSION, c.seed, sections, learned)
-        self.planned_values = self.refine or self.values
-        """V, Q and behaviour policy as the planner asks them, and as its plans are judged and prompted."""
         self.imagine = Part(
             "imagine",
             "imagine",
             IMAGINE_VERSION,
             c.seed,
             {"select": c.select, "planner": c.planner, "imagine": c.imagine},
-            {**learned, "values": self.planned_values.key},
+            {"values": self.values.key, "world_model": self.world_model.key},
         )
         self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
         self.distill: dict[str, Part] = {}
@@ -119,25 +113,44 @@ class Parts:
             suffix = "" if variant == "ipd" else f":{variant}"
             imagined = distill.imagined_ratio > 0
             sections = {"policy": c.policy, "distill": distill, **({"accept": c.accept} if imagined else {})}
-            values = self.planned_values if imagined else self.values
-            upstream = {"values": values.key, **({"imagine": self.imagine.key} if imagined else {})}
+            upstream = {"values": self.values.key, **({"imagine": self.imagine.key} if imagined else {})}
             self.distill[variant] = Part(f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream)
+        self.choose: Part | None = None
+        """None where the last policy of the distillation is kept."""
+        if c.choose.episodes > 0:
+            candidates = {name: self.distill[name].key for name in self.candidates}
+            upstream = {"world_model": self.world_model.key, **candidates}
+            self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, {"choose": c.choose}, upstream)
+        for variant in ("ipd", *c.ablations):
+            suffix = "" if variant == "ipd" else f":{variant}"
+            chosen = {"choose": self.choose.key} if self.choose and variant == "ipd" else {}
             self.evaluate[variant] = Part(
                 f"evaluate{suffix}",
                 "evaluate",
                 episodes.VERSION,
                 c.evaluate.seed,
                 {"evaluate": c.evaluate},
-                {"distill": self.distill[variant].key},
+                {"distill": self.distill[variant].key, **chosen},
             )
+
+    @property
+    def candidates(self) -> list[str]:
+        """The variants whose policies are chosen from."""
+        return [name for name in ("ipd", "no_imagination") if name in self.distill]
+
+    @property
+    def policy(self) -> Part:
+        """What the run leaves as its policy."""
+        return self.choose or self.distill["ipd"]
 
     def until(self, last: str) -> list[Part]:
         """All parts that a run up to and including a step needs, in order."""
-        ahead = [self.world_model, *([self.refine] if self.refine else []), self.imagine]
-        if STEPS.index(last) >= STEPS.index("distill") and not self._imagines:
-            ahead = []
-        parts = [self.values, *ahead, *self.distill.values(), *self.evaluate.values()]
-        return [p for p in parts if STEPS.index(p.step) <= STEPS.index(last)]
+        ahead, order = [self.world_model, self.imagine], STEPS.index(last)
+        if order >= STEPS.index("distill") and not self._imagines:
+            ahead = [self.world_model] if order > STEPS.index("distill") and self.choose else []
+        choose = [self.choose] if self.choose else []
+        parts = [self.values, *ahead, *self.distill.values(), *choose, *self.evaluate.values()]
+        return [p for p in parts if STEPS.index(p.step) <= order]
 
 
 @dataclass(frozen=True)
@@ -205,13 +218,13 @@ def run_until(context: Context, last: str = "evaluate") -> None:
     """The method. Each step is reused where its key is in the store."""
     needed = {part.step for part in context.parts.until(last)}
     learn_values_and_world_model(context, also_world_model="world_model" in needed)
-    if "refine" in needed:
-        refine(context)
     if "imagine" in needed:
         imagine(context)
     for variant in variants(context.config) if "distill" in needed else ():
         distill(context, variant)
-    for variant in variants(context.config) if "evaluate" in needed else ():
+    if "choose" in needed:
+        choose(context)
+    for variant in context.parts.evaluate if "evaluate" in needed else ():
         evaluate(context, variant)
 
 
@@ -244,32 +257,8 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
     context.obtain(parts, compute)
 
 
-def refine(context: Context) -> None:
-    """Step 3: V learned on inside the world model."""
-    config, part = context.config, context.parts.refine
-    assert part is not None  # part of the run
-
-    def compute(folders: dict[str, Path]) -> None:
-        folder = folders["refine"]
-        arguments = {
-            "work": str(folder),
-            "place": context.place(),
-            "log": context.log,
-            "values": context.path(context.parts.values),
-            "world_model": context.path(context.parts.world_model),
-            "planner": config.planner,
-            "config": config.refine,
-            "seed": config.seed,
-        }
-        context.engine.run_steps(
-            [Task(part.name, run_refine, arguments)], CurveTail(part.name, folder, context.listener)
-        )
-
-    context.obtain({"refine": part}, compute)
-
-
 def imagine(context: Context) -> None:
-    """Step 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
+    """Steps 3 and 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
     config, part = context.config, context.parts.imagine
 
     def compute(folders: dict[str, Path]) -> None:
@@ -279,7 +268,7 @@ def imagine(context: Context) -> None:
             "work": str(folder),
             "place": context.place(),
             "log": context.log,
-            "values": context.path(context.parts.planned_values),
+            "values": context.path(context.parts.values),
             "imagine": config.imagine,
             "seed": config.seed,
         }
@@ -288,12 +277,7 @@ def imagine(context: Context) -> None:
         done = len(specs) - len(missing)
         if done:
             context.listener.note(f"imagine: {done} of {len(specs)} shards are there already")
-        arguments = {
-            **shared,
-            "log_values": context.path(context.parts.values),
-            "world_model": context.path(context.parts.world_model),
-            "planner": config.planner,
-        }
+        arguments = {**shared, "world_model": context.path(context.parts.world_model), "planner": config.planner}
         tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
         finished = done
 
@@ -332,7 +316,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
             work=str(folder),
             place=context.place(train_threads(config)),
             log=context.log,
-            values=context.path(context.parts.planned_values if imagined else context.parts.values),
+            values=context.path(context.parts.values),
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
             uncertainty=config.imagine.uncertainty,
@@ -347,8 +331,31 @@ def distill(context: Context, variant: str = "ipd") -> None:
     context.obtain({variant: part}, compute)
 
 
+def choose(context: Context) -> None:
+    """Step 6, the policy that is kept."""
+    config, part = context.config, context.parts.choose
+    assert part is not None  # part of the run
+
+    def compute(folders: dict[str, Path]) -> None:
+        folder = folders["choose"]
+        arguments = {
+            "work": str(folder),
+            "place": context.place(),
+            "log": context.log,
+            "world_model": context.path(context.parts.world_model),
+            "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
+            "config": config.choose,
+            "seed": config.seed,
+        }
+        context.engine.run_steps(
+            [Task(part.name, run_choose, arguments)], CurveTail(part.name, folder, context.listener)
+        )
+
+    context.obtain({"choose": part}, compute)
+
+
 def evaluate(context: Context, variant: str = "ipd") -> None:
-    """Step 6, one policy; skipped with a line where there is no environment."""
+    """Step 7, one policy; skipped with a line where there is no environment."""
     config, part = context.config.evaluate, context.parts.evaluate[variant]
     try:
         environment_maker(context.transitions.spec, config.environment)
@@ -363,6 +370,7 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
             "place": context.place(),
             "policy": context.path(context.parts.distill[variant]),
             "config": config,
+            "chosen": context.path(chosen) if variant == "ipd" and (chosen := context.parts.choose) else None,
         }
         context.engine.run_steps(
             [Task(part.name, run_evaluate, arguments)], CurveTail(part.name, folder, context.listener)
@@ -414,6 +422,8 @@ def summarise(context: Context) -> dict[str, Any]:
             "kappa",
         )
         summary["imagined"] = {k: imagined[k] for k in keep if k in imagined}
+    if chosen := found.get("choose"):
+        summary["chosen"] = {k: chosen.diagnostics[k] for k in ("variant", "step")}
     for variant, part in parts.evaluate.items():
         if part.name in found:
             scores = found[part.name].diagnostics
@@ -429,7 +439,10 @@ def summarise(context: Context) -> dict[str, Any]:
 
 def copy_policy(context: Context, folder: Path) -> None:
     """Put the policy into the run folder, where `Policy.load` finds it without the store."""
-    source = Path(context.path(context.parts.distill["ipd"]))
+    part = context.parts.policy
+    if context.store.find(part.step, part.key) is None:
+        part = context.parts.distill["ipd"]  # a run that ends before its choice
+    source = Path(context.path(part))
     target, fresh = folder / "policy", folder / ".policy.new"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(f"{SNAPSHOT}*"))

@@ -16,13 +16,13 @@ import torch
 from ipd_ray.artifacts import Artifact, Workspace, prefixed
 from ipd_ray.config import (
     AcceptConfig,
+    ChooseConfig,
     DataConfig,
     DistillConfig,
     EvaluateConfig,
     ImagineConfig,
     PlannerConfig,
     PolicyConfig,
-    RefineConfig,
     SelectConfig,
     ValuesConfig,
     WorldModelConfig,
@@ -42,10 +42,10 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
+from ipd_ray.evaluate.choose import imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
-from ipd_ray.imagine.refine import fit_refined
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.training import set_threads
@@ -129,34 +129,10 @@ def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConf
     fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
 
 
-def run_refine(
-    work: str,
-    place: Place,
-    log: LogRef,
-    values: str,
-    world_model: str,
-    planner: PlannerConfig,
-    config: RefineConfig,
-    seed: int,
-) -> None:
-    """Step 3."""
-    fit_refined(
-        log.load(),
-        values_of(values, place.device),
-        world_model_of(world_model, place.device),
-        planner,
-        config,
-        Artifact(Path(values)).described,
-        seed=seed,
-        device=place.device,
-        workspace=place.workspace(work),
-    )
-
-
 def run_select(
     work: str, place: Place, log: LogRef, values: str, select: SelectConfig, imagine: ImagineConfig, seed: int
 ) -> list[ShardSpec]:
-    """Step 4: return the shards to imagine, the same for the same identity."""
+    """Step 3: return the shards to imagine, the same for the same identity."""
     place.workspace(work)
     v, returns = logged_values(values, log, place.device)
     starts = select_starts(log.load(), v, returns, select, length=imagine.length, seed=seed)
@@ -168,14 +144,13 @@ def run_shard(
     place: Place,
     log: LogRef,
     values: str,
-    log_values: str,
     world_model: str,
     planner: PlannerConfig,
     imagine: ImagineConfig,
     seed: int,
     spec: ShardSpec,
 ) -> dict[str, Any]:
-    """Step 4: imagine one shard and write it; return its manifest entry. values: refined, where they were."""
+    """Step 4: imagine one shard and write it; return its manifest entry."""
     workspace = place.workspace(work)
     segments = imagine_shard(
         spec,
@@ -186,7 +161,6 @@ def run_shard(
         imagine,
         seed=seed,
         device=place.device,
-        log_values=values_of(log_values, place.device),
     )
     gain = segments.reward.sum(1) - segments.own_reward.sum(1)
     summary = {
@@ -367,28 +341,77 @@ def run_distill(work: str, place: Place, job: DistillJob) -> None:
     job.finish(workspace, trainer, imagined)
 
 
-def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig) -> None:
-    """Step 6. Always float32."""
+def policies_of(artifact: Artifact) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """The policies that a distillation kept along the way, the last one included: updates and tensors of each."""
+    tensors = artifact.tensors()
+    last = (int(artifact.described["updates"]), tensors)
+    return [*((step, {**tensors, **changed}) for step, changed in artifact.snapshots()), last]
+
+
+def run_choose(
+    work: str, place: Place, log: LogRef, world_model: str, distilled: dict[str, str], config: ChooseConfig, seed: int
+) -> None:
+    """Step 6: keep one of the policies that distillations left; distilled: artifacts by variant, "ipd" first."""
+    workspace = place.workspace(work)
+    workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
+    data, dynamics = log.load(), world_model_of(world_model, place.device)
+    policies = [
+        (variant, Artifact(Path(path)), step, tensors)
+        for variant, path in distilled.items()
+        for step, tensors in reversed(policies_of(Artifact(Path(path))))
+    ]
+    found: list[dict[str, Any]] = []
+    for i, (variant, artifact, step, tensors) in enumerate(policies):
+        acting = Policy(artifact.described, tensors, place.device)
+        returns, alive = imagined_returns(acting, data, dynamics, config, seed=seed, device=place.device)
+        found.append({
+            "variant": variant, "step": step, "return_mean": float(returns.mean()), "alive": alive,
+            "return_sem": float(returns.std() / np.sqrt(len(returns))),
+        })
+        workspace.log(i + 1, len(policies), {"return_mean": found[-1]["return_mean"], "alive": alive})
+    best = max(range(len(found)), key=lambda i: found[i]["return_mean"])  # the first, later one of equals
+    variant, artifact, step, tensors = policies[best]
+    kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
+    workspace.finish(
+        tensors, {"candidates": found, "variant": variant, "step": step},
+        **{name: artifact.described[name] for name in kept}, updates=step, variant=variant,
+    )
+
+
+def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig, chosen: str | None = None) -> None:
+    """Step 7. Always float32. policy: a distillation, all of whose policies are scored; chosen: the policy that is kept
+    where it is not the last one of these."""
     workspace = place.workspace(work)
     workspace.rewind({})  # an evaluation that was cut off begins anew
     artifact = Artifact(Path(policy))
-    tensors, last = artifact.tensors(), int(artifact.described["updates"])
-    policies: list[tuple[int, dict[str, torch.Tensor]]] = [*artifact.snapshots(), (last, {})]
-    curve: list[dict[str, Any]] = []
+    described = artifact.described
+    own = [step for step, _ in policies_of(artifact)]
+    policies = [(described, tensors) for _, tensors in policies_of(artifact)]
+    headline = len(policies) - 1
+    if chosen is not None:
+        kept = Artifact(Path(chosen))
+        if kept.described["variant"] == "ipd":
+            headline = own.index(kept.described["updates"])
+        else:
+            headline = len(policies)
+            policies.append((kept.described, kept.tensors()))
+    every: list[dict[str, Any]] = []
     begun = 0  # environment steps of the policies before
-    for step, changed in policies:
+    for described, tensors in policies:
         acting = Policy(
-            artifact.described, {**tensors, **changed}, place.device,
-            candidates=config.candidates, candidate_std=config.candidate_std,
+            described, tensors, place.device, candidates=config.candidates, candidate_std=config.candidate_std
         )
 
         def report(steps: int, share: float, begun: int = begun) -> None:
             done = begun + steps
-            workspace.log(done, done, {"episodes_ended": (len(curve) + share) / len(policies)})
+            workspace.log(done, done, {"episodes_ended": (len(every) + share) / len(policies)})
 
         scores = evaluate(acting, config, progress=report)
-        curve.append({"step": step, **{name: scores[name] for name in ("return_mean", "normalised", "returns")}})
+        every.append(scores)
         begun += max(scores["lengths"])
+    shown = ("return_mean", "normalised", "returns")
+    curve = [{"step": step, **{name: e[name] for name in shown}} for step, e in zip(own, every, strict=False)]
+    scores = every[headline]
     scores["curve"] = curve
     scores["best"] = max(curve, key=lambda point: point["return_mean"])
     workspace.finish({"returns": torch.tensor(scores["returns"], dtype=torch.float64)}, scores)
@@ -437,7 +460,6 @@ def _no_segments(log: Log) -> Segments:
         own_terminal=np.zeros((0, 1), bool),
         own_length=none,
         own_value=np.zeros((0, 2), np.float32),
-        log_value=np.zeros(0, np.float32),
     )
 
 

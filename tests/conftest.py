@@ -95,8 +95,8 @@ class Method:
         """One task a shard."""
         work.mkdir(parents=True, exist_ok=True)
         common: dict[str, Any] = {
-            "work": str(work), "place": place, "log": self.log, "values": self.values, "log_values": self.values,
-            "world_model": self.world_model, "planner": self.planner, "imagine": self.imagine, "seed": 0,
+            "work": str(work), "place": place, "log": self.log, "values": self.values, "world_model": self.world_model,
+            "planner": self.planner, "imagine": self.imagine, "seed": 0,
         }
         return [Task(f"shard {s.shard}", run_shard, {**common, "spec": s}) for s in self.specs]
 

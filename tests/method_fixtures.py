@@ -85,7 +85,6 @@ def segments_of(index: Sequence[int], length: int, log: Log | None = None, **col
         "uncertainty": np.zeros((S, length), np.float32), "value": np.zeros((S, length + 1), np.float32),
         "own_reward": np.zeros((S, length), np.float32), "own_terminal": np.zeros((S, length), bool),
         "own_length": np.full(S, length), "own_value": np.zeros((S, length + 1), np.float32),
-        "log_value": np.zeros(S, np.float32),
     }
     for name, values in columns.items():
         plain[name] = np.asarray(values, plain[name].dtype)

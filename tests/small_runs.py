@@ -17,10 +17,11 @@ SETTINGS = [
     "world_model.members=3", "world_model.elites=2", "world_model.width=16", "world_model.layers=2",
     "world_model.max_updates=60", "world_model.eval_every=30", "world_model.batch_size=32",
     "select.starts=24", "select.episode_cap=0.5", "planner.candidates=8", "planner.horizon=2",
-    "refine.starts=8", "refine.length=6", "refine.updates=10", "imagine.length=4", "imagine.shard_size=8",
+    "imagine.length=4", "imagine.shard_size=8",
     "accept.threshold=1000.0", "accept.range_margin=2.0", "accept.min_length=1", "accept.margin=0.0",
     "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.context=4", "policy.max_timestep=200",
     "distill.updates=40", "distill.batch_size=16", "distill.warmup=5", "distill.eta=0.5",
+    "choose.episodes=4", "choose.length=20",
     "evaluate.episodes=2", "evaluate.max_steps=30", "runtime.train_threads=1",
 ]
 

@@ -59,13 +59,17 @@ def _minari(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
 
 
+PARTS = ["values", "world_model", "imagine", "distill", "distill:no_imagination", "choose", "evaluate"]
+
+
 def test_a_run_leaves_a_whole_folder(place: Path) -> None:
     folder = place / "runs" / "first"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"return_mean", "return_max"} <= summary["data"].keys()
     assert {"return_mean", "return_std", "normalised", "episodes"} <= summary["policy"].keys()
     assert {"accepted", "accept_rate"} <= summary["imagined"].keys()
-    assert list(summary["seconds"]) == ["values", "world_model", "refine", "imagine", "distill", "evaluate"]
+    assert list(summary["seconds"]) == PARTS
+    assert summary["chosen"]["variant"] in ("ipd", "no_imagination") and 10 <= summary["chosen"]["step"] <= 40
     assert summary["seed"] == 0 and len(summary["key"]) == 64
     identity = json.loads((folder / "run.json").read_text())
     assert identity["dataset"] == LOG and identity["store"] == str(place / "runs" / "store")
@@ -103,7 +107,8 @@ def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> No
     heard = Heard()
     run(LOG, settings("distill.eta=0.1"), run_dir=place / "runs" / "second", listeners=[heard])
     assert heard.ended == {
-        "values": True, "world_model": True, "refine": True, "imagine": True, "distill": False, "evaluate": False,
+        "values": True, "world_model": True, "imagine": True, "distill": False, "distill:no_imagination": False,
+        "choose": False, "evaluate": False,
     }
 
 
@@ -112,9 +117,7 @@ def test_a_run_may_end_early_and_go_on_later(place: Path) -> None:
     summary = run(LOG, settings("seed=5"), run_dir=folder, until="values")
     assert list(summary["seconds"]) == ["values"] and "policy" not in summary
     assert not (folder / "policy").exists()
-    assert [row["step"] for row in summary_states(place, folder)] == [
-        "values", "world_model", "refine", "imagine", "distill", "evaluate"
-    ]
+    assert [row["step"] for row in summary_states(place, folder)] == PARTS
 
 
 def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
@@ -122,7 +125,7 @@ def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
 
     planned = plan(LOG, settings("seed=5"), run_dir=folder)
     states = [row["state"] for row in planned["steps"]]
-    assert states == ["reused"] + ["to do"] * 5
+    assert states == ["reused", *["to do"] * 6]
     assert planned["total"]["seconds"] > 0 and planned["total"]["disk"] > 0
     assert planned["steps"][0]["seconds"] == 0
     return planned["steps"]

@@ -61,18 +61,21 @@ def keys_of(config: RunConfig, content: str = "log") -> dict[str, str]:
     return {part.name: part.key for part in Parts(config, content).until("evaluate")}
 
 
+POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
+
+
 @pytest.mark.parametrize(
     ("word", "changed"),
     [
-        ("values.width=8", {"values", "refine", "imagine", "distill", "evaluate"}),
-        ("world_model.width=8", {"world_model", "refine", "imagine", "distill", "evaluate"}),
-        ("planner.horizon=3", {"refine", "imagine", "distill", "evaluate"}),
-        ("refine.trace=0.5", {"refine", "imagine", "distill", "evaluate"}),
-        ("accept.margin=0.5", {"distill", "evaluate"}),
-        ("distill.eta=0.1", {"distill", "evaluate"}),
+        ("values.width=8", {"values", "imagine", *POLICIES}),
+        ("world_model.width=8", {"world_model", "imagine", "distill", "choose", "evaluate"}),
+        ("planner.horizon=3", {"imagine", "distill", "choose", "evaluate"}),
+        ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
+        ("distill.eta=0.1", POLICIES),
+        ("choose.noise_std=0.2", {"choose", "evaluate"}),
         ("evaluate.episodes=3", {"evaluate"}),
-        ("data.discount=0.9", {"values", "world_model", "refine", "imagine", "distill", "evaluate"}),
-        ("seed=1", {"values", "world_model", "refine", "imagine", "distill", "evaluate"}),
+        ("data.discount=0.9", {"values", "world_model", "imagine", *POLICIES}),
+        ("seed=1", {"values", "world_model", "imagine", *POLICIES}),
         ("runtime.threads=7", set()),
         ("runtime.device=cuda", set()),
     ],

@@ -67,7 +67,7 @@ def test_run_prints_one_document_on_stdout_and_the_rest_on_stderr(place: Path) -
     summary = json.loads((place / "stdout").read_text())
     assert summary == json.loads((place / "runs" / "mine" / "summary.json").read_text())
     said = (place / "stderr").read_text()
-    for part in ("values", "world_model", "refine", "imagine", "distill", "evaluate", "distill:bc", "evaluate:bc"):
+    for part in ("values", "world_model", "imagine", "distill", "choose", "evaluate", "distill:bc", "evaluate:bc"):
         assert f"\n{part:<22} done in" in said
     for label in ("data  ", "policy  ", "bc  ", "imagined  ", "value  ", "time  ", "report  "):
         assert f"\n{label}" in said
@@ -79,8 +79,8 @@ def test_dry_run_says_what_is_reused_and_does_nothing(place: Path) -> None:
     words = ["run", LOG, *SETTINGS, "distill.eta=0.2", "--run-dir", "runs/mine", "--dry-run"]
     planned = document(*words)
     assert {row["step"]: row["state"] for row in planned["steps"]} == {
-        "values": "reused", "world_model": "reused", "refine": "reused", "imagine": "reused", "distill": "to do",
-        "evaluate": "to do",
+        "values": "reused", "world_model": "reused", "imagine": "reused", "distill": "to do",
+        "distill:no_imagination": "to do", "choose": "to do", "evaluate": "to do",
     }
     shown = call(*words).stdout
     assert "in all" in shown and "nothing was run" in shown
@@ -151,7 +151,7 @@ def test_runs_are_listed_compared_and_removed(place: Path) -> None:
     assert "policy mean" in call("runs", "ls").stdout
     found = document("runs", "diff", "mine", "other")
     assert found["config"] == {"ablations": [["bc"], []], "distill.eta": [0.5, 0.1]}
-    assert found["shared"] == ["values", "world_model", "refine", "imagine"] and "distill" in found["different"]
+    assert found["shared"] == ["values", "world_model", "imagine"] and "distill" in found["different"]
     assert "distill.eta" in call("runs", "diff", "mine", "other").stdout
 
     assert document("store", "ls")[0].keys() >= {"step", "state", "bytes", "runs"}
@@ -159,7 +159,7 @@ def test_runs_are_listed_compared_and_removed(place: Path) -> None:
     call("runs", "rm", "other", "--yes")
     assert not Path("runs/other").exists() and Path("runs/mine/run.json").exists()
     unused = [item for item in document("store", "ls") if not item["runs"]]
-    assert sorted(item["step"] for item in unused) == ["distill", "evaluate"]
+    assert sorted(item["step"] for item in unused) == ["choose", "distill", "distill", "evaluate"]
     assert "nothing was deleted" in call("store", "prune", "--dry-run").stdout
     call("store", "prune", "--yes")
     left = document("store", "ls")

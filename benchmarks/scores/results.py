@@ -43,7 +43,7 @@ class Result:
     tier: str
     seed: int
     curve: list[Score]
-    """The policy as it was scored on the way; the last entry is the headline."""
+    """The policy as it was scored on the way."""
     reference: tuple[float, float]
     """Raw returns that count as 0 and as 100."""
     config: dict[str, Any]
@@ -56,6 +56,8 @@ class Result:
     versions: dict[str, str]
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the method reports of itself."""
+    kept: Score | None = None
+    """The policy that the run leaves, where it is not the last of the curve: the headline."""
     schema: int = SCHEMA
 
     def normalise(self, raw: float) -> float:
@@ -64,9 +66,15 @@ class Result:
         return 100.0 * (raw - low) / (high - low)
 
     @property
+    def headline(self) -> Score:
+        """The policy that the run leaves: the last of the curve, or the one that was kept instead, without a look at
+        the scores."""
+        return self.kept or self.curve[-1]
+
+    @property
     def last(self) -> float:
-        """Normalised mean of the last checkpoint: the headline."""
-        return self.normalise(self.curve[-1].mean)
+        """Normalised mean of the headline."""
+        return self.normalise(self.headline.mean)
 
     @property
     def best(self) -> float:
@@ -95,6 +103,7 @@ def read(path: Path) -> Result:
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {content.get('schema')!r}, this code reads {SCHEMA}: remove it and rerun.")
     content["curve"] = [Score(**score) for score in content["curve"]]
+    content["kept"] = Score(**content["kept"]) if content.get("kept") else None
     content["reference"] = tuple(content["reference"])
     return Result(**content)
 

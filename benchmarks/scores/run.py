@@ -41,23 +41,27 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
+LAST = {"choose.episodes": 0}
 LOG_ALONE = {"distill.imagined_ratio": 0.0}
-PLAIN = {**LOG_ALONE, "distill.eta": 0.0, "distill.data_temperature": 0.0}
+PLAIN = {**LOG_ALONE, **LAST, "distill.eta": 0.0, "distill.data_temperature": 0.0}
 RUNGS: dict[str, dict[str, Any]] = {
     "bc": {**PLAIN, "distill.prompt": "none"},
     "dt": {**PLAIN, "distill.prompt": "fixed"},
     "iql": {},
     "v_prompt": {**PLAIN, "distill.prompt": "value"},
-    "value_guided": LOG_ALONE,
+    "value_guided": {**LOG_ALONE, **LAST},
+    "value_guided_chosen": LOG_ALONE,
     "greedy_q": {"planner.kind": "greedy_q"},
+    "ipd_last": LAST,
     "ipd": {},
     "ipd_ranked": {"evaluate.candidates": 32},
 }
 """What each rung changes of the preset.
 
 bc: imitation alone; dt: return prompts; iql: step 1's own policy; v_prompt: the learned value as prompt; value_guided:
-as the preset weighs the log and Q, without imagination; greedy_q: imagination without look-ahead; ipd: the method;
-ipd_ranked: its actions ranked by Q at run time."""
+as the preset weighs the log and Q, without imagination; value_guided_chosen: of its policies, the one that does best
+inside the world model; greedy_q: imagination without look-ahead; ipd_last: the last policy that was distilled; ipd: the
+method, whose policy is chosen inside the world model; ipd_ranked: its actions ranked by Q at run time."""
 PEERS = ("d3rlpy-bc", "d3rlpy-iql", "d3rlpy-td3bc", "d3rlpy-dt", "d3rlpy-cql")
 
 DATASETS = (
@@ -85,7 +89,7 @@ class Tier:
         return _by_part(self.presets, dataset)
 
 
-SMALL_PRESETS = {"pendulum": "demo", "halfcheetah": "gym-small-endless", "": "gym-small"}
+SMALL_PRESETS = {"pendulum": "demo", "": "gym-small"}
 TIERS = {
     "demo": Tier(
         {"": "demo"}, (0, 1, 2, 3, 4), {"": 20_000}, ("demo",), about="the embedded demo data, its preset: minutes"
@@ -130,18 +134,20 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, args: Any) 
     if rung == "iql":
         artifact = found.artifact("values")
         scores = evaluate(BehaviourPolicy(artifact, prepare(transitions, config.data, seed)), config.evaluate)
-        curve = [Score(config.values.updates, scores["returns"])]
+        curve, kept = [Score(config.values.updates, scores["returns"])], None
     else:
         scores = Artifact(found.artifact("evaluate")).diagnostics
         curve = [Score(point["step"], point["returns"]) for point in scores["curve"]]
+        kept = Score(summary["chosen"]["step"], scores["returns"]) if "chosen" in summary else None
     sections = config.model_dump(mode="json", exclude={"runtime", "ablations"})
-    extra = {"date": date.today().isoformat(), **{k: summary[k] for k in ("data", "imagined") if k in summary}}
+    said = {k: summary[k] for k in ("data", "imagined", "chosen") if k in summary}
+    extra = {"date": date.today().isoformat(), **said}
     extra |= {k: scores[k] for k in ("discounted_mean", "value_at_start")}
     return Result(
         dataset, method, tier_name, seed, curve, reference=reference, config=sections,
         seconds={**summary["seconds"], "this_run": round(time.monotonic() - began, 1)},
         evaluation={"episodes": config.evaluate.episodes, "seed": config.evaluate.seed},
-        commit=commit(), versions=numeric_platform(), extra=extra,
+        commit=commit(), versions=numeric_platform(), extra=extra, kept=kept,
     )
 
 
@@ -251,7 +257,7 @@ def main(words: Sequence[str] | None = None) -> None:
                     score_peer(args.tier, dataset, method, seed, args)
                 else:
                     result = score_rung(args.tier, dataset, name, seed, args)
-                    print(f"---- {name}: {result.curve[-1].mean:.0f} raw, {result.last:.1f} normalised", flush=True)
+                    print(f"---- {name}: {result.headline.mean:.0f} raw, {result.last:.1f} normalised", flush=True)
                     write(result, args.out)
 
 

@@ -45,8 +45,10 @@ RUNGS = {
     "iql": "implicit Q-learning: step 1's own policy",
     "v_prompt": "imitation with the learned value as prompt",
     "value_guided": "the preset's weighting of log and Q, without imagination",
+    "value_guided_chosen": "its policy that does best inside the world model",
     "greedy_q": "imagination without look-ahead: the candidate action with the best Q",
-    "ipd": "the method",
+    "ipd_last": "the method, the last policy that was distilled",
+    "ipd": "the method: the policy that does best inside the world model",
     "ipd_ranked": "the method, its actions ranked by Q at run time",
 }
 PEERS = {
@@ -57,7 +59,7 @@ PEERS = {
     "d3rlpy-dt": "d3rlpy's Decision Transformer",
 }
 METHOD = "ipd"
-COMPARED = ("value_guided", "greedy_q", "bc")
+COMPARED = ("value_guided", "value_guided_chosen", "ipd_last", "greedy_q", "bc")
 """What the method is compared with, before the best peer."""
 GOAL_AGAINST = "value_guided"
 """The rung that a goal names, beside the best peer: all of the method but imagination."""
@@ -468,8 +470,8 @@ def raw_table(scores: Scores) -> Table:
         row: list[Cell] = [(f"`{method}`", "")]
         for dataset in scores.datasets:
             cell = scores.cell(method, dataset)
-            mean = number(fmean(r.curve[-1].mean for r in cell.values()), 0) if cell else MISSING
-            row.append((mean, _seeds(scores, method, dataset, lambda r: r.curve[-1].mean, 0) if cell else ""))
+            mean = number(fmean(r.headline.mean for r in cell.values()), 0) if cell else MISSING
+            row.append((mean, _seeds(scores, method, dataset, lambda r: r.headline.mean, 0) if cell else ""))
         rows.append(row)
     reference: list[Cell] = [("counts as 0 / 100", "")]
     for dataset in scores.datasets:

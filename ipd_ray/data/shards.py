@@ -56,8 +56,6 @@ class Segments:
     """(S,) steps that the log has from the start, at most L."""
     own_value: Floats
     """(S, L + 1), V along the log."""
-    log_value: Floats
-    """(S,) V of the start as the log taught it; the other two are the planner's V."""
 
     def __len__(self) -> int:
         return len(self.index)

@@ -75,9 +75,9 @@ class Policy:
             raise UserError(f"{path} holds no policy: give the folder of a finished run, or its policy/ folder.")
         artifact = Artifact(folder)
         described = artifact.described
-        if described.get("step") != "distill":
+        if described.get("step") not in ("distill", "choose"):
             raise UserError(
-                f"{path} is the artifact of step {described.get('step')!r}, not of distill: give a run's policy/."
+                f"{path} is the artifact of step {described.get('step')!r}, not a policy: give a run's policy/."
             )
         return cls(described, artifact.tensors(), device, candidates=candidates, candidate_std=candidate_std)
 

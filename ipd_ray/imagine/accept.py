@@ -75,8 +75,8 @@ def accept(
 ) -> Accepted:
     """Cut each segment before its first step that is uncertain or out of range, and keep it if it beats log and V.
 
-    Kept: at least min_length steps are left, and I exceeds both B and the log's V(s_0) by margin * value_std. The
-    return that the log went on to reach selects starts, it accepts nothing: V stands on both sides here.
+    Kept: at least min_length steps are left, and I exceeds both B and V(s_0) by margin * value_std. The return that the
+    log went on to reach selects starts, it accepts nothing: V stands on both sides here.
     """
     S, L = len(segments), segments.length
     low, high, reward_low, reward_high = ranges
@@ -99,7 +99,7 @@ def accept(
     )
     bar = config.margin * value_std
     long_enough = length >= config.min_length
-    beats_own, beats_value = imagined > own + bar, imagined > segments.log_value + bar
+    beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
     accepted = long_enough & beats_own & beats_value
     if config.share < 1.0:  # a smaller share is a part of a larger one
         accepted &= np.random.default_rng(_SHARE_STREAM).random(S) < config.share

@@ -56,12 +56,10 @@ def imagine_shard(
     *,
     seed: int,
     device: str,
-    log_values: Values | None = None,
     replay: bool = False,
 ) -> Segments:
     """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
 
-    values, log_values: the planner's, and those that the log taught, where V was refined since.
     Noise is keyed by (seed, shard, step). replay: take the log's own actions instead of planned ones (the test of
     acceptance: hardly any such segment may pass).
     """
@@ -88,7 +86,6 @@ def imagine_shard(
         value.append(torch.where(alive, values.v(s), 0.0))
     own = own_steps(log, spec.index, L)
     own_value = values.v(torch.from_numpy(own.observation).to(device))
-    log_value = (log_values or values).v(observations[0])
 
     def column(parts: list[Tensor]) -> np.ndarray:
         return torch.stack(parts, 1).cpu().numpy()
@@ -108,7 +105,6 @@ def imagine_shard(
         own_terminal=own.terminal,
         own_length=own.length,
         own_value=own_value.cpu().numpy(),
-        log_value=log_value.cpu().numpy(),
     )
 
 

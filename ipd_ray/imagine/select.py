@@ -1,4 +1,4 @@
-"""Step 4: the states to plan from: where V promises more than the episode brought, and where a good policy is."""
+"""Step 3: the states to plan from: where V promises more than the episode brought, and where a good policy is."""
 
 from __future__ import annotations
 

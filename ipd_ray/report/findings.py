@@ -122,17 +122,6 @@ def _values(view: View) -> list[Finding]:
                 "Lower values.expectile.",
             )
         )
-    refined = view.diagnostics("refine")
-    error, before = number(refined, "rmse"), number(refined, "rmse_log")
-    if error is not None and before is not None and error >= before:
-        out.append(
-            Finding(
-                True,
-                "values",
-                f"Refined V is no better where the planner goes (error {error:.2f}) than the V of the log "
-                f"({before:.2f}): raise refine.updates or refine.starts, or leave it out with refine.rounds=0.",
-            )
-        )
     return out
 
 

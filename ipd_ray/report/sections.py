@@ -35,7 +35,7 @@ class Section:
 def _curve_section(view: View) -> str:
     panels = []
     variants = [name for name in view.curves if name.partition(":")[0] == "distill"]
-    for part in ("values", "world_model", "refine", "imagine"):
+    for part in ("values", "world_model", "imagine"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}
@@ -110,6 +110,23 @@ def _returns_section(view: View) -> str:
                 "The same episodes for each; the last one is the headline. Picking the best of them flatters.",
             )
         )
+    candidates = view.diagnostics("choose").get("candidates") or []
+    lines = {}
+    for variant, name in (("ipd", "policy"), ("no_imagination", VARIANTS["no_imagination"])):
+        points = sorted((c["step"], c["return_mean"]) for c in candidates if c["variant"] == variant)
+        if len(points) > 1:
+            lines[name] = [float(step) for step, _ in points], [float(mean) for _, mean in points]
+    if lines:
+        kept = view.diagnostics("choose")
+        which = "the policy" if kept["variant"] == "ipd" else "the policy without imagination"
+        panels.append(
+            panel(
+                "Inside the world model",
+                figures.curves(lines, x="updates", y="imagined return", alt="Imagined return of each candidate"),
+                f"What each policy earns in imagined, disturbed episodes. Kept: {which} of {kept['step']:,} updates. "
+                "Bad: an order unlike that of the scores beside it.",
+            )
+        )
     return panels_of(panels, wide=True) + "".join(map(remark, said))
 
 
@@ -164,22 +181,6 @@ def _values_section(view: View) -> str:
                     alt="Gap between value and return by decile of value",
                 ),
                 "Expected: above zero at the left (states that V would repair), near zero at the right.",
-            )
-        )
-    refined = view.diagnostics("refine")
-    errors = {"refined V": number(refined, "rmse"), "V of the log": number(refined, "rmse_log")}
-    if known := {name: error for name, error in errors.items() if error is not None}:
-        panels.append(
-            panel(
-                "Error of V where the planner goes",
-                figures.bars(
-                    known,
-                    x="root mean square error, spreads of the outcome",
-                    own=("refined V",),
-                    alt="Error of V, refined and of the log, against what came of imagined roll-outs",
-                ),
-                "Against the returns of the planner, imagined from held-out episodes. Bad: no smaller than grey, since "
-                "plans are then judged by a V that does not know them.",
             )
         )
     return panels_of(panels)
@@ -388,9 +389,9 @@ def _imagined_pairs(view: View) -> dict[str, tuple[Any, Any]]:
 def _film_section(view: View) -> str:
     folder = view.run.path / "policy"
     if not (folder / "artifact.json").is_file():
-        if view.part("distill") is None:
+        if view.part("distill") is None and view.part("choose") is None:
             return remark(f"No policy to show: {escape(view.why_missing('distill'))}.")
-        folder = Path(view.links["distill"]["path"])
+        folder = Path(view.links["choose" if view.part("choose") else "distill"]["path"])
     s = view.settings
     returns = view.returns("policy")
     middle = 0 if returns is None else int(np.argsort(returns)[len(returns) // 2])

@@ -171,8 +171,7 @@ class View:
         """The verdict on `segments`, as distillation took it; None where something for it is missing."""
         from ipd_ray.imagine.accept import accept, step_ranges
 
-        values = self.diagnostics("refine") or self.diagnostics("values")
-        threshold, spread = self.imagined.get("kappa"), values.get("v_std")
+        threshold, spread = self.imagined.get("kappa"), self.diagnostics("values").get("v_std")
         if self.segments is None or self.log is None or self.config is None or threshold is None or spread is None:
             return None
         return accept(

@@ -147,7 +147,6 @@ def two_segments() -> Segments:
         value=np.array([[0, 1, 2], [3, 4, 5]], np.float32),
         own_reward=np.array([[0, 0], [6, 6]], np.float32), own_terminal=np.zeros((2, 2), bool),
         own_length=np.array([2, 2]), own_value=np.array([[0, 0, 0], [3, 3, 3]], np.float32),
-        log_value=np.zeros(2, np.float32),
     )
 
 

@@ -33,7 +33,6 @@ def random_segments(count: int = 3, length: int = 2, seed: int = 0) -> Segments:
         uncertainty=rng.random((count, length)), value=rng.normal(size=(count, length + 1)),
         own_reward=rng.normal(size=(count, length)), own_terminal=rng.random((count, length)) < 0.5,
         own_length=rng.integers(0, length, count), own_value=rng.normal(size=(count, length + 1)),
-        log_value=rng.normal(size=count),
     )
 
 

@@ -190,7 +190,7 @@ def test_a_policy_is_loaded_from_a_run_and_nothing_else_is(tmp_path: Path):
     with pytest.raises(UserError, match="holds no policy"):
         Policy.load(tmp_path)
     Workspace(store.partial("values", key)).finish({"w": torch.ones(1)}, {})
-    with pytest.raises(UserError, match="artifact of step 'values', not of distill"):
+    with pytest.raises(UserError, match="artifact of step 'values', not a policy"):
         Policy.load(store.commit("values", key, version=1, parts={}).path)
 
 

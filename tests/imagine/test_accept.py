@@ -106,7 +106,8 @@ def test_a_segment_must_beat_the_log_and_v_by_the_margin():
     config = AcceptConfig(min_length=1, margin=0.25)
     first, start = [1.37, 1.38, 0.0, 0.0], [0.0, 0.0, 1.37, 1.38]
     own = np.array([[r, 0, 0, 0] for r in first])
-    v = verdict(own_reward=own, log_value=np.array(start), config=config, value_std=2.0)
+    value = np.array([[v, 0, 0, 0, 0] for v in start])
+    v = verdict(own_reward=own, value=value, config=config, value_std=2.0)
     assert v.accepted.tolist() == [True, False, True, False]
     assert (v.reasons["not_over_log"], v.reasons["not_over_value"]) == (0.25, 0.25)
 

@@ -64,9 +64,6 @@ def test_a_segment_by_hand():
     assert segment.value[0].tolist() == near(2.0, 3.0, 4.0, 5.0)
     assert segment.terminal[0].tolist() == [False] * 3
     assert (segment.index[0], segment.episode[0], segment.timestep[0]) == (2, 0, 2)
-    assert segment.log_value.tolist() == near(2.0)
-    refined = imagine(2, log_values=KnownValues(value=lambda s: 7.0 * s, policy=lambda s: s))
-    assert refined.value[0].tolist() == near(2.0, 3.0, 4.0, 5.0) and refined.log_value.tolist() == near(1.4)
     # The log's own: two steps to x = .4, V along it.
     assert segment.own_value[0, : segment.own_length[0] + 1].tolist() == near(2.0, 3.0, 4.0)
 

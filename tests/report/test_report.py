@@ -49,7 +49,6 @@ def segments(data: Transitions) -> Segments:
         observation=np.repeat(data.observation[index][:, None], L + 1, 1), action=zeros[..., None],
         reward=zeros, terminal=zeros > 0, uncertainty=zeros + 0.1, value=np.tile(np.linspace(-1, 1, S)[:, None], L + 1),
         own_reward=zeros, own_terminal=zeros > 0, own_length=np.full(S, L), own_value=np.zeros((S, L + 1), np.float32),
-        log_value=np.linspace(-1, 1, S),
     )
 
 
@@ -73,7 +72,6 @@ HEALTHY = {
         "termination": {"true": 0, "found": 0, "false_alarms": 0, "steps": 10},
         "sample": {"uncertainty": [0.1, 0.2, 0.4], "error": [0.1, 0.3, 0.5]},
     },
-    "refine": {"rmse": 0.2, "rmse_log": 0.4, "v_std": 1.0},
     "imagine": {"shards": 1, "segments": 6, "steps": 18},
     "distill": {"imagined_ratio": 0.5, "imagined": IMAGINED},
     "evaluate": {"returns": [10.0, 11.0, 12.0]},
@@ -172,7 +170,7 @@ def count_figures(page: str) -> dict[str, int]:
 def test_a_whole_run_has_every_section_with_its_figures(page):
     # curves: values and world model, positive and signed; imagine; distill, each metric
     assert count_figures(page) == {
-        "curves": 7, "returns": 1, "values": 4, "world-model": 4, "imagination": 4, "film": 0,
+        "curves": 7, "returns": 1, "values": 3, "world-model": 4, "imagination": 4, "film": 0,
     }
     assert section(page, "film").count("<img") == 10
     assert "11 ± 1" in section(page, "headline")
@@ -218,7 +216,6 @@ def test_a_healthy_run_has_no_warning(tmp_path):
     [
         ({"values": {"rank_correlation": 0.1}}, "no better (0.10) than the time step alone (0.20)"),
         ({"values": {"gap_by_decile": [0.0, 1.5]}}, "overestimates"),
-        ({"refine": {"rmse": 0.5, "rmse_log": 0.4}}, "no better where the planner goes (error 0.50)"),
         ({"world_model": {"rmse": 0.5}}, "no better (error 0.500) than a linear fit (0.500)"),
         ({"world_model": {"uncertainty_rank_correlation": {"spread": 0.19}}}, "hardly follows the true error"),
         ({"world_model": {"rollout_rmse_by_depth": {"model": [1.0, 2.0], "still": [1.5, 2.0]}}}, "At depth 2"),
@@ -309,7 +306,7 @@ def test_runs_side_by_side(tmp_path, monkeypatch):
     assert rows == [("seed", "0", "1"), ("planner.horizon", "5", "9")]
     assert section(page, "headline").count("<td>11 ± 1</td>") == 2
     assert section(page, "headline").count("<svg") == 1
-    assert section(page, "values").count("<svg") == 8
+    assert section(page, "values").count("<svg") == 6
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

@@ -1,0 +1,118 @@
+"""Policies play inside a world model that is known, and the better one is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from method_fixtures import Line, log_of
+
+from ipd_ray.config import ChooseConfig
+from ipd_ray.data.transitions import Log
+from ipd_ray.evaluate.choose import first_observations, imagined_returns
+
+
+class Always:
+    """The same action everywhere."""
+
+    def __init__(self, action: float):
+        self.action = action
+
+    def reset(self, mask: Any = None) -> None:
+        """Nothing is remembered."""
+
+    def act(self, observation: Any, reward: Any = None) -> np.ndarray:
+        return np.full((len(observation), 1), self.action, np.float32)
+
+
+def line_log(scale: float = 1.0) -> Log:
+    """x from 0 and from 0.1, in steps of 0.1, ten of them."""
+    episodes = [(first + np.arange(11)[:, None] / 10, np.full((10, 1), 0.1), np.ones(10), False) for first in (0, 0.1)]
+    return log_of(episodes, reward_scale=scale)
+
+
+CLEAN = ChooseConfig(episodes=4, length=50, noise_std=0.0)
+
+
+def play(action: float, world: Line, log: Log, config: ChooseConfig = CLEAN, seed: int = 0) -> Any:
+    return imagined_returns(Always(action), log, world, config, seed=seed, device="cpu")  # type: ignore[arg-type]
+
+
+def test_first_observations_are_those_of_the_episodes():
+    assert first_observations(line_log(), 4)[:, 0].tolist() == pytest.approx([0.0, 0.0, 0.1, 0.1])
+
+
+def test_returns_by_hand():
+    # 1 a step, ended beyond 0.75: from 0 eight steps of 0.1, from 0.1 seven; at half the scale returns are twice that.
+    world = Line(lambda s, s2: torch.ones_like(s), ended=lambda s2: (s2 > 0.75).float())
+    returns, alive = play(0.1, world, line_log(scale=0.5))
+    assert returns.tolist() == [16.0, 16.0, 14.0, 14.0] and alive == 0.0
+    # An episode is no longer than the log's longest, 10 steps; standing still it does not end.
+    returns, alive = play(0.0, world, line_log())
+    assert returns.tolist() == [10.0] * 4 and alive == 1.0
+
+
+def test_states_are_held_near_the_range_of_the_log():
+    # The log lies in [0, 1]; 5 % over it is where a policy that runs away is held.
+    world = Line(lambda s, s2: torch.ones_like(s))
+    where: list[float] = []
+
+    class Watched(Always):
+        def act(self, observation: Any, reward: Any = None) -> np.ndarray:
+            where.append(float(observation.max()))
+            return super().act(observation)
+
+    imagined_returns(Watched(0.9), line_log(), world, CLEAN, seed=0, device="cpu")  # type: ignore[arg-type]
+    assert where[:3] == pytest.approx([0.1, 1.0, 1.05]) and max(where) == pytest.approx(1.05)
+
+
+def test_noise_is_the_same_for_every_policy_and_finds_the_fragile_one():
+    # Both stay between 0 and 1 undisturbed; one stands at the edge, where a push ends it.
+    edge = Line(lambda s, s2: torch.ones_like(s), ended=lambda s2: (s2 < -0.15).float())
+    log = line_log()
+    clean = [play(a, edge, log)[0].mean() for a in (0.0, 0.05)]
+    assert clean[0] == clean[1] == 10.0
+    noisy = ChooseConfig(episodes=100, length=50, noise_std=0.1)
+    standing, leaving = (play(a, edge, log, noisy)[0].mean() for a in (0.0, 0.05))
+    assert standing < leaving - 0.5
+    again = play(0.0, edge, log, noisy)[0].mean()
+    assert again == standing != play(0.0, edge, log, noisy, seed=1)[0].mean()
+
+
+def test_episodes_are_rounded_up_to_the_elites():
+    config = ChooseConfig(episodes=3, length=5, noise_std=0.0)
+    assert len(play(0.0, Line(lambda s, s2: torch.ones_like(s)), line_log(), config)[0]) == 4
+
+
+def test_what_a_run_keeps_is_the_candidate_that_did_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from small_runs import LOG, SETTINGS, write_log
+
+    from ipd_ray import Policy, run
+    from ipd_ray.artifacts import Artifact
+    from ipd_ray.config import load
+    from ipd_ray.runs import open_run
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    write_log(tmp_path / "minari")
+    folder = tmp_path / "runs" / "one"
+    run(LOG, load("demo", None, SETTINGS), run_dir=folder)
+    opened = open_run(str(folder))
+    choose = Artifact(opened.artifact("choose"))
+    found = choose.diagnostics["candidates"]
+    assert len(found) == 8 and {c["variant"] for c in found} == {"ipd", "no_imagination"}
+    best = max(found, key=lambda c: c["return_mean"])
+    assert (choose.diagnostics["variant"], choose.diagnostics["step"]) == (best["variant"], best["step"])
+    part = "distill" if best["variant"] == "ipd" else "distill:no_imagination"
+    source = Artifact(opened.artifact(part))
+    wanted = dict(source.snapshots()).get(best["step"], source.tensors())
+    kept = choose.tensors()
+    assert all(torch.equal(kept[name], value) for name, value in wanted.items())
+    assert Policy.load(folder).act(np.zeros((2, 3), np.float32)).shape == (2, 1)
+    scores = Artifact(opened.artifact("evaluate")).diagnostics
+    assert len(scores["curve"]) == 4
+    if best["variant"] == "ipd":
+        assert scores["returns"] in [point["returns"] for point in scores["curve"]]
