@@ -135,7 +135,7 @@ Overrides = Annotated[
         metavar="[SECTION.FIELD=VALUE]",
     ),
 ]
-Preset = Annotated[str | None, typer.Option(help="Settings to start from: demo, gym-small, gym-small-endless or gym.")]
+Preset = Annotated[str | None, typer.Option(help="Settings to start from: demo, gym-small or gym.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file of settings, over the preset's; `ipd-ray config` writes one to edit."),
