@@ -134,6 +134,11 @@ def _headline(views: Sequence[View]) -> str:
         promised, collected = number(found, "value_at_start"), number(found, "discounted_mean")
         return None if promised is None or collected is None else f"{readable(promised)} against {readable(collected)}"
 
+    def chosen(view: View) -> str | None:
+        kept = view.summary.get("chosen")
+        return f"{'with' if kept['variant'] == 'ipd' else 'without'} plans, {kept['step']:,} updates" if kept else None
+
+    add("Imagination", "policy kept", chosen, True)
     add("Imagination", "accepted segments", accepted, True)
     add("Imagination", "accepted steps", lambda v: maybe(imagined(v, "accepted_steps")))
     add("Imagination", "accepted: imagined I against the log's B", worth)
