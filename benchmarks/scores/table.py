@@ -65,7 +65,9 @@ GOAL_AGAINST = "value_guided"
 """The rung that a goal names, beside the best peer: all of the method but imagination."""
 GOAL_POINTS, GOAL_SHORTFALL = 5.0, 3.0
 VOLUME = "accept.share"
-"""The field whose variations are the curve of score against augmentation volume: 0 is value_guided, 1 is ipd."""
+VOLUME_RUNG = "ipd_last"
+"""The field whose variations of this rung are the curve of score against augmentation volume: 0 is value_guided, 1 the
+rung itself. Its policies are the last ones: a choice would leave out imagination where it harms."""
 RESAMPLES = 10_000
 OVERALL = ("this_run",)
 """Entries of `seconds` that are no part of the method but the wall time of one call, in which parts were reused."""
@@ -106,11 +108,11 @@ class Scores:
         return self.runs.get(method, {}).get(dataset, {})
 
     def last(self, method: str, dataset: str) -> dict[int, float]:
-        """Normalised score of the last checkpoint by seed."""
+        """Normalised headline by seed."""
         return {seed: result.last for seed, result in self.cell(method, dataset).items()}
 
     def mean(self, method: str, dataset: str) -> float | None:
-        """Mean over seeds of the last checkpoint's normalised score; None where no seed is there."""
+        """Mean over seeds of the normalised headline; None where no seed is there."""
         scores = self.last(method, dataset)
         return fmean(scores.values()) if scores else None
 
@@ -415,7 +417,7 @@ def _mean_cell(scores: Scores, method: str, value: Callable[[Result], float]) ->
 
 
 def score_table(scores: Scores, methods: Sequence[str], *, best: bool, means: bool = True) -> Table:
-    """Mean over seeds of the last checkpoint, and every seed's number; `best` adds the best checkpoint."""
+    """Mean over seeds of the headline, and every seed's number; `best` adds the best checkpoint."""
     tops = {d: max((m for k in methods if (m := scores.mean(k, d)) is not None), default=None) for d in scores.datasets}
     tops[""] = max((m for k in methods if (m := scores.overall(k)) is not None), default=None)
     rows = []
@@ -464,7 +466,7 @@ def _log_of(scores: Scores, dataset: str) -> tuple[float, float] | None:
 
 
 def raw_table(scores: Scores) -> Table:
-    """Raw returns of the last checkpoint: mean over seeds, and every seed's mean over episodes."""
+    """Raw returns of the headline: mean over seeds, and every seed's mean over episodes."""
     rows = []
     for method in scores.methods:
         row: list[Cell] = [(f"`{method}`", "")]
@@ -617,7 +619,7 @@ def variation_table(scores: Scores, fields: str, methods: Sequence[str]) -> Tabl
     rows = [(_order(value), method, value) for method in methods
             for value in [_listed(variation(method)[1].values())]]  # fmt: skip
     if fields == VOLUME:
-        ends = {"value_guided": "0", METHOD: "1"} if METHOD in bases else {}
+        ends = {"value_guided": "0", VOLUME_RUNG: "1"} if VOLUME_RUNG in bases else {}
         rows += [(_order(value), method, f"{value} (as is)") for method, value in ends.items()]
         bases = [b for b in bases if b not in ends]
     for base in bases:
@@ -627,7 +629,7 @@ def variation_table(scores: Scores, fields: str, methods: Sequence[str]) -> Tabl
     for _, method, value in sorted(rows, key=lambda row: (_place(scores, variation(row[1])[0])[0] if fields != VOLUME
                                                           else 0, row[0], row[1])):  # fmt: skip
         plain = variation(method)[0]
-        base = METHOD if fields == VOLUME and plain == "value_guided" else plain
+        base = VOLUME_RUNG if fields == VOLUME and plain == "value_guided" else plain
         found = difference(scores, method, base)
         against = f"{signed(found.mean)} {_bounds(found.interval)}".strip() if found.mean is not None else MISSING
         gap: Cell = (against, _count(found) if found.mean is not None else "") if method != base else ("", "")
@@ -663,8 +665,9 @@ def _config_value(scores: Scores, method: str, field: str) -> str:
 READING = f"""\
 **How to read this.** A score is normalised as D4RL does it: 100 x (return - low) / (high - low), with the two
 references of the dataset (they stand below the raw returns). 0 is about a random policy, 100 about an expert. Each
-number is the mean over seeds of the *last* checkpoint, which is what a user gets; every seed's own number stands
-small below it, a dash where that seed has not run. The best checkpoint, in parentheses, is picked by the very scores
+number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or, of
+`ipd` and `value_guided_chosen`, the one that does best inside the world model, without a look at these scores; every
+seed's own number stands small below it, a dash where that seed has not run. The best checkpoint, in parentheses, is picked by the very scores
 it reports, so it flatters and is there for comparison only. In bold: the highest of a column, which says nothing
 about chance. "{MISSING}" is a run that is not there: nothing is filled in, and a mean over the sets is given only
 where all sets are there.
@@ -699,7 +702,7 @@ def tier_blocks(scores: Scores, pictures: Mapping[str, str]) -> list[Block]:
         f"{_commits(scores.all)}. Versions and minutes stand [below](#where-the-numbers-of-{scores.tier}-come-from).",
         "### Goals", verdict_table(scores),
         "### Scores",
-        f"Normalised, last checkpoint (best checkpoint); below, each seed's own (seeds {_listed(scores.seeds)}).",
+        f"Normalised score of what a run leaves (best checkpoint); below, each seed's own (seeds {_listed(scores.seeds)}).",
     ]  # fmt: skip
     table = score_table(scores, scores.methods, best=True)
     blocks.append(Table(table.header, [*table.rows, log_row(scores)]))
@@ -720,14 +723,14 @@ def tier_blocks(scores: Scores, pictures: Mapping[str, str]) -> list[Block]:
     groups = variations(scores)
     if VOLUME in groups:
         blocks += ["### Augmentation volume", "Score against the share of the accepted imagined segments that the "
-                   "policy is trained on: 0 is `value_guided`, 1 is `ipd`."]  # fmt: skip
+                   "policy is trained on: 0 is `value_guided`, 1 is `ipd_last`."]  # fmt: skip
         _picture(blocks, pictures, "volume", "Score against the share of imagined segments used")
         blocks.append(variation_table(scores, VOLUME, groups.pop(VOLUME)))
     if groups:
         blocks.append("### Variations")
         blocks += [b for fields, methods in groups.items()
                    for b in (f"#### `{fields}`", variation_table(scores, fields, methods))]  # fmt: skip
-    blocks += ["### Raw returns", "Last checkpoint; mean over seeds, each seed below.", raw_table(scores)]
+    blocks += ["### Raw returns", "Of what a run leaves; mean over seeds, each seed below.", raw_table(scores)]
     blocks += ["### Minutes", MINUTES, minutes_table(scores)]
     blocks += [f"### Where the numbers of {scores.tier} come from", ORIGIN, origin_table(scores)]
     return blocks
@@ -870,7 +873,7 @@ def points_figure(scores: Scores) -> Figure:
         ax.set_ylim(min(rows.values()) - 0.7, 0.7)
         ax.margins(x=0.08)
         ax.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
-    figure.supxlabel("normalised score, last checkpoint: each seed a dot, the mean a tick; dotted: mean of the log",
+    figure.supxlabel("normalised score of what a run leaves: each seed a dot, the mean a tick; dotted: mean of the log",
                      size=8.5)  # fmt: skip
     return figure
 
@@ -918,11 +921,11 @@ def curves_figure(scores: Scores, methods: Sequence[str]) -> Figure:
 
 
 def volume_of(scores: Scores) -> dict[float, str]:
-    """Methods by the share of imagined segments they use: value_guided, variations of ipd, ipd."""
-    found = {0.0: "value_guided", 1.0: METHOD}
+    """Methods by the share of imagined segments they use: value_guided, variations of ipd_last, ipd_last."""
+    found = {0.0: "value_guided", 1.0: VOLUME_RUNG}
     for method in variations(scores).get(VOLUME, []):
         rung, changes = variation(method)
-        if rung == METHOD:
+        if rung == VOLUME_RUNG:
             found[float(changes[VOLUME])] = method
     return dict(sorted(found.items()))
 

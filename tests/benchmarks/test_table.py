@@ -170,10 +170,10 @@ def test_variations_are_split_and_grouped_by_the_fields_they_change(root: Path) 
     assert table.variation("ipd+planner.horizon=8") == ("ipd", {"planner.horizon": "8"})
     assert table.variation("ipd+a.b=1e+3+distill.eta=0.5") == ("ipd", {"a.b": "1e+3", "distill.eta": "0.5"})
     assert table.variation("d3rlpy-iql") == ("d3rlpy-iql", {})
-    for method in ("ipd+planner.horizon=12", "ipd+planner.horizon=3", "bc+distill.eta=1", "ipd+accept.share=0.5"):
+    for method in ("ipd+planner.horizon=12", "ipd+planner.horizon=3", "bc+distill.eta=1", "ipd_last+accept.share=0.5"):
         put(root, "a", method, 0, 55.0)
     assert table.variations(scores_of(root)) == {
-        "accept.share": ["ipd+accept.share=0.5"],
+        "accept.share": ["ipd_last+accept.share=0.5"],
         "distill.eta": ["bc+distill.eta=1"],
         "planner.horizon": ["ipd+planner.horizon=12", "ipd+planner.horizon=3"],
     }
@@ -198,10 +198,13 @@ def test_variations_are_no_peers_and_no_rungs(root: Path) -> None:
 
 
 def test_volume_runs_from_no_imagination_to_the_method(root: Path) -> None:
-    put(root, "a", "ipd+accept.share=0.5", 0, 58.0)
+    for dataset, seeds in {"a": (60, 70), "b": (90, 80)}.items():
+        for seed, score in enumerate(seeds):
+            put(root, dataset, "ipd_last", seed, float(score))
+    put(root, "a", "ipd_last+accept.share=0.5", 0, 58.0)
     scores = scores_of(root)
-    assert table.volume_of(scores) == {0.0: "value_guided", 0.5: "ipd+accept.share=0.5", 1.0: "ipd"}
-    found = table.variation_table(scores, "accept.share", ["ipd+accept.share=0.5"])
+    assert table.volume_of(scores) == {0.0: "value_guided", 0.5: "ipd_last+accept.share=0.5", 1.0: "ipd_last"}
+    found = table.variation_table(scores, "accept.share", ["ipd_last+accept.share=0.5"])
     # value_guided - ipd is -(10, 6) on a and -9 on b; the variation has one pair, 58 - 60
     assert [(row[1][0], row[-1][0]) for row in found.rows] == [
         ("0 (as is)", "-8.5"), ("0.5", "-2.0"), ("1 (as is)", ""),
@@ -252,7 +255,7 @@ def test_a_return_that_is_not_finite_is_named(root: Path) -> None:
 def test_the_same_results_give_the_same_files(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(root, "a", "ipd+accept.share=0.5", 0, 58.0)
+    put(root, "a", "ipd_last+accept.share=0.5", 0, 58.0)
     written = []
     for name in ("one", "two"):
         place = tmp_path / name
@@ -271,3 +274,15 @@ def test_the_same_results_give_the_same_files(
 def test_a_tier_without_results_is_named_with_those_that_have_some(root: Path) -> None:
     with pytest.raises(SystemExit, match=r"--tier=ful has no results.*small"):
         table.main(["--results", str(root), "--tier", "ful"])
+
+
+def test_what_was_kept_is_the_headline_where_it_is_not_the_last(root: Path) -> None:
+    from dataclasses import replace
+
+    result = next(r for r in read_all("small", root) if (r.method, r.dataset, r.seed) == ("ipd", "a", 0))
+    assert result.headline == result.curve[-1]
+    kept = replace(result, kept=result.curve[0])
+    write(kept, root)
+    again = next(r for r in read_all("small", root) if (r.method, r.dataset, r.seed) == ("ipd", "a", 0))
+    assert again == kept and again.last == pytest.approx(75.0)
+    assert cells(table.raw_table(scores_of(root)), "ipd")[0] == "145"  # (150 + 140) / 2
