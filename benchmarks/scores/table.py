@@ -665,12 +665,12 @@ def _config_value(scores: Scores, method: str, field: str) -> str:
 READING = f"""\
 **How to read this.** A score is normalised as D4RL does it: 100 x (return - low) / (high - low), with the two
 references of the dataset (they stand below the raw returns). 0 is about a random policy, 100 about an expert. Each
-number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or, of
-`ipd` and `value_guided_chosen`, the one that does best inside the world model, without a look at these scores; every
-seed's own number stands small below it, a dash where that seed has not run. The best checkpoint, in parentheses, is picked by the very scores
-it reports, so it flatters and is there for comparison only. In bold: the highest of a column, which says nothing
-about chance. "{MISSING}" is a run that is not there: nothing is filled in, and a mean over the sets is given only
-where all sets are there.
+number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or,
+of `ipd` and `value_guided_chosen`, the one that does best inside the world model, without a look at these scores;
+every seed's own number stands small below it, a dash where that seed has not run. The best checkpoint, in
+parentheses, is picked by the very scores it reports, so it flatters and is there for comparison only. In bold: the
+highest of a column, which says nothing about chance. "{MISSING}" is a run that is not there: nothing is filled in,
+and a mean over the sets is given only where all sets are there.
 
 **Differences** are paired: {METHOD} minus the other method, same dataset and same seed; a pair with one half missing
 is dropped. The mean takes each dataset alike. The interval (95 %) comes from {RESAMPLES:,} bootstrap resamples, in
@@ -702,7 +702,7 @@ def tier_blocks(scores: Scores, pictures: Mapping[str, str]) -> list[Block]:
         f"{_commits(scores.all)}. Versions and minutes stand [below](#where-the-numbers-of-{scores.tier}-come-from).",
         "### Goals", verdict_table(scores),
         "### Scores",
-        f"Normalised score of what a run leaves (best checkpoint); below, each seed's own (seeds {_listed(scores.seeds)}).",
+        f"Normalised, of what a run leaves (best checkpoint); below, each seed's own (seeds {_listed(scores.seeds)}).",
     ]  # fmt: skip
     table = score_table(scores, scores.methods, best=True)
     blocks.append(Table(table.header, [*table.rows, log_row(scores)]))
