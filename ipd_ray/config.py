@@ -283,6 +283,9 @@ class ChooseConfig(Section):
     """Imagined steps of each; no more than the log's longest episode."""
     noise_std: Fraction = 0.1
     """Std of Gaussian noise on each action, in rescaled action units."""
+    known: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
+    """Share of held-out steps that the world model knows: a step more uncertain than these halts an imagined episode,
+    and the rest of it earns as little as the worst hundredth of the log. 1: only one more uncertain than all."""
     without_imagination: bool = True
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 

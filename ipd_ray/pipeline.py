@@ -120,7 +120,8 @@ class Parts:
         if c.choose.episodes > 0:
             candidates = {name: self.distill[name].key for name in self.candidates}
             upstream = {"world_model": self.world_model.key, **candidates}
-            self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, {"choose": c.choose}, upstream)
+            about: dict[str, Any] = {"choose": c.choose, "uncertainty": c.imagine.uncertainty}
+            self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, about, upstream)
         for variant in ("ipd", *c.ablations):
             suffix = "" if variant == "ipd" else f":{variant}"
             chosen = {"choose": self.choose.key} if self.choose and variant == "ipd" else {}
@@ -344,6 +345,7 @@ def choose(context: Context) -> None:
             "log": context.log,
             "world_model": context.path(context.parts.world_model),
             "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
+            "uncertainty": config.imagine.uncertainty,
             "config": config.choose,
             "seed": config.seed,
         }

@@ -111,6 +111,11 @@ def world_model_of(path: str, device: str) -> WorldModel:
     return load_world_model(artifact.tensors(), artifact.described, device)
 
 
+def holdout_uncertainty(world_model: str, kind: str) -> np.ndarray:
+    """(H,) U of the held-out steps, of one kind."""
+    return Artifact(Path(world_model)).tensors()["holdout_uncertainty"][KINDS.index(kind)].numpy()
+
+
 @lru_cache(maxsize=1)
 def logged_values(values: str, log: LogRef, device: str) -> tuple[Floats, Floats]:
     """V(s_t) and bootstrapped G_t of every step of the log, (T,) each; kept in this process."""
@@ -279,8 +284,7 @@ class DistillJob:
         return out
 
     def _holdout_uncertainty(self) -> np.ndarray:
-        tensors = Artifact(Path(str(self.world_model))).tensors()
-        return tensors["holdout_uncertainty"][KINDS.index(self.uncertainty)].numpy()
+        return holdout_uncertainty(str(self.world_model), self.uncertainty)
 
     def _threshold(self, log: Log, segments: Segments) -> float:
         """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass.
@@ -349,12 +353,20 @@ def policies_of(artifact: Artifact) -> list[tuple[int, dict[str, torch.Tensor]]]
 
 
 def run_choose(
-    work: str, place: Place, log: LogRef, world_model: str, distilled: dict[str, str], config: ChooseConfig, seed: int
+    work: str,
+    place: Place,
+    log: LogRef,
+    world_model: str,
+    distilled: dict[str, str],
+    uncertainty: str,
+    config: ChooseConfig,
+    seed: int,
 ) -> None:
     """Step 6: keep one of the policies that distillations left; distilled: artifacts by variant, "ipd" first."""
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
     data, dynamics = log.load(), world_model_of(world_model, place.device)
+    threshold = float(np.quantile(holdout_uncertainty(world_model, uncertainty), config.known))
     policies = [
         (variant, Artifact(Path(path)), step, tensors)
         for variant, path in distilled.items()
@@ -363,12 +375,15 @@ def run_choose(
     found: list[dict[str, Any]] = []
     for i, (variant, artifact, step, tensors) in enumerate(policies):
         acting = Policy(artifact.described, tensors, place.device)
-        returns, alive = imagined_returns(acting, data, dynamics, config, seed=seed, device=place.device)
+        returns, ended, halted = imagined_returns(
+            acting, data, dynamics, config, uncertainty=uncertainty, threshold=threshold, seed=seed, device=place.device
+        )
         found.append({
-            "variant": variant, "step": step, "return_mean": float(returns.mean()), "alive": alive,
+            "variant": variant, "step": step, "return_mean": float(returns.mean()), "ended": ended, "halted": halted,
             "return_sem": float(returns.std() / np.sqrt(len(returns))),
         })
-        workspace.log(i + 1, len(policies), {"return_mean": found[-1]["return_mean"], "alive": alive})
+        shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
+        workspace.log(i + 1, len(policies), shown)
     best = max(range(len(found)), key=lambda i: found[i]["return_mean"])  # the first, later one of equals
     variant, artifact, step, tensors = policies[best]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")

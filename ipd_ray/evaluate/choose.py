@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +12,9 @@ from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.layers import block_generator
+from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 1
+VERSION = 2
 _STREAM = 77
 _RANGE = 0.05
 """Share of the log's range by which an imagined state may lie outside it; it is held there."""
@@ -28,6 +28,11 @@ class Dynamics(Protocol):
 
     def step(self, observation_EBO: Tensor, action_EBA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Next observation, transformed reward and termination probability; elite e for row group e."""
+
+    def step_together(
+        self, observation_BO: Tensor, action_BA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Mean transition of the elites and their Gaussians."""
 
 
 def first_observations(log: Log, episodes: int) -> Floats:
@@ -43,15 +48,19 @@ def imagined_returns(
     dynamics: Dynamics,
     config: ChooseConfig,
     *,
+    uncertainty: str,
+    threshold: float,
     seed: int,
     device: str,
-    progress: Callable[[int], None] = lambda step: None,
-) -> tuple[Floats, float]:
-    """Undiscounted raw return (N,) of the policy's episodes inside the world model, and the share that did not end.
+) -> tuple[Floats, float, float]:
+    """Undiscounted raw return (N,) of the policy's episodes inside the world model, the share that ended, and the share
+    that was halted.
 
     Off-policy evaluation by the model. Each step of each episode is answered by an elite drawn for it (TS1, Chua et al.
-    2018), and each action carries noise, the same for every policy: one that stays up only undisturbed, in a model of
-    its own errors, falls. N is `config.episodes`, rounded up to a multiple of the elites.
+    2018), and each action carries noise, the same for every policy. An episode is halted at a step whose U is over
+    `threshold` (MOReL, arXiv:2005.05951): what lies beyond is the model's invention, which policies that were made
+    inside the model have learned to please; every step from there on earns the log's poorest reward (1 % quantile).
+    uncertainty: kind of U. N is `config.episodes`, rounded up to a multiple of the elites.
     """
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
@@ -60,13 +69,21 @@ def imagined_returns(
     slack = _RANGE * (high - low)
     least, most = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
     alive = torch.ones(N, dtype=torch.bool, device=device)
+    halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)
+    poorest = float(np.quantile(log.reward, 0.01))
+    length = min(config.length, int(t.episode_length.max()))
     policy.reset()
-    for k in range(min(config.length, int(t.episode_length.max()))):
+    for k in range(length):
         generator = block_generator(seed, _STREAM, k)
         action = torch.from_numpy(t.spec.rescale_action(policy.act(s.cpu().numpy()))).to(device)
         noise = torch.randn(action.shape, generator=generator).to(device)
         action = (action + config.noise_std * noise).clamp(-1.0, 1.0)
+        gaussians = dynamics.step_together(s, action)[3]
+        halts = alive & (ensemble_uncertainty(*gaussians, uncertainty) > threshold)
+        total += torch.where(halts, poorest * (length - k), 0.0)
+        halted |= halts
+        alive &= ~halts
         order = torch.randperm(N, generator=generator).to(device)
         back = torch.argsort(order)
         following, reward, ended = dynamics.step(
@@ -76,8 +93,8 @@ def imagined_returns(
         alive &= ended.reshape(N)[back] <= 0.5
         following = torch.minimum(torch.maximum(following.reshape(N, -1)[back], least), most)
         s = torch.where(alive[:, None], following, s)
-        progress(k + 1)
         if not alive.any():
             break
     policy.reset()
-    return (total / log.reward_scale).cpu().numpy(), float(alive.float().mean())
+    ended = ~alive & ~halted
+    return (total / log.reward_scale).cpu().numpy(), float(ended.float().mean()), float(halted.float().mean())

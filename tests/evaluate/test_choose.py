@@ -37,8 +37,14 @@ def line_log(scale: float = 1.0) -> Log:
 CLEAN = ChooseConfig(episodes=4, length=50, noise_std=0.0)
 
 
-def play(action: float, world: Line, log: Log, config: ChooseConfig = CLEAN, seed: int = 0) -> Any:
-    return imagined_returns(Always(action), log, world, config, seed=seed, device="cpu")  # type: ignore[arg-type]
+def play(
+    action: float, world: Line, log: Log, config: ChooseConfig = CLEAN, seed: int = 0, threshold: float = 1e9,
+    policy: Always | None = None,
+) -> Any:
+    return imagined_returns(
+        policy or Always(action), log, world, config, uncertainty="spread", threshold=threshold, seed=seed,  # type: ignore
+        device="cpu",
+    )
 
 
 def test_first_observations_are_those_of_the_episodes():
@@ -48,11 +54,11 @@ def test_first_observations_are_those_of_the_episodes():
 def test_returns_by_hand():
     # 1 a step, ended beyond 0.75: from 0 eight steps of 0.1, from 0.1 seven; at half the scale returns are twice that.
     world = Line(lambda s, s2: torch.ones_like(s), ended=lambda s2: (s2 > 0.75).float())
-    returns, alive = play(0.1, world, line_log(scale=0.5))
-    assert returns.tolist() == [16.0, 16.0, 14.0, 14.0] and alive == 0.0
+    returns, ended, halted = play(0.1, world, line_log(scale=0.5))
+    assert returns.tolist() == [16.0, 16.0, 14.0, 14.0] and (ended, halted) == (1.0, 0.0)
     # An episode is no longer than the log's longest, 10 steps; standing still it does not end.
-    returns, alive = play(0.0, world, line_log())
-    assert returns.tolist() == [10.0] * 4 and alive == 1.0
+    returns, ended, halted = play(0.0, world, line_log())
+    assert returns.tolist() == [10.0] * 4 and (ended, halted) == (0.0, 0.0)
 
 
 def test_states_are_held_near_the_range_of_the_log():
@@ -65,8 +71,22 @@ def test_states_are_held_near_the_range_of_the_log():
             where.append(float(observation.max()))
             return super().act(observation)
 
-    imagined_returns(Watched(0.9), line_log(), world, CLEAN, seed=0, device="cpu")  # type: ignore[arg-type]
+    play(0.9, world, line_log(), policy=Watched(0.9))
     assert where[:3] == pytest.approx([0.1, 1.0, 1.05]) and max(where) == pytest.approx(1.05)
+
+
+def test_an_episode_is_halted_where_the_model_does_not_know_and_earns_the_poorest_reward():
+    # Two earned a step in the model; beyond 0.45 the elites differ. From 0 the steps from 0, .1, .2, .3, .4 are known,
+    # from 0.1 those from .1 to .4; ten steps in all, the others earn 1, the log's only reward.
+    class Unsure(Line):
+        def step_together(self, observation: Any, action: Any) -> Any:
+            following, reward, ended, (mean, log_variance) = super().step_together(observation, action)
+            unsure = torch.where(observation > 0.45, 5.0, 0.0)
+            return following, reward, ended, (torch.zeros_like(mean), log_variance.clone().fill_(-20.0) + 4 * unsure)
+
+    world = Unsure(lambda s, s2: 2.0 * torch.ones_like(s))
+    returns, ended, halted = play(0.1, world, line_log(), threshold=0.1)
+    assert returns.tolist() == [15.0, 15.0, 14.0, 14.0] and (ended, halted) == (0.0, 1.0)
 
 
 def test_noise_is_the_same_for_every_policy_and_finds_the_fragile_one():
