@@ -275,7 +275,7 @@ class DistillConfig(Section):
 
 
 class ChooseConfig(Section):
-    """Step 6, which policy is kept: the one that does best inside the world model."""
+    """Step 6, which policy is kept: the simplest that does as well as the best inside the world model."""
 
     episodes: NonNegativeInt = 200
     """Episodes that each candidate plays inside the world model. 0: the last policy of distillation is kept."""
@@ -286,6 +286,9 @@ class ChooseConfig(Section):
     known: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
     """Share of held-out steps that the world model knows: a step more uncertain than these halts an imagined episode,
     and the rest of it earns as little as the worst hundredth of the log. 1: only one more uncertain than all."""
+    tolerance: NonNegativeFloat = 2.0
+    """Standard errors of the best candidate's imagined return by which another may fall short and still be kept, if it
+    is simpler: distilled from the log alone, or later in its training. 0: the best."""
     without_imagination: bool = True
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 

@@ -106,6 +106,7 @@ class Parts:
             {"select": c.select, "planner": c.planner, "imagine": c.imagine},
             {"values": self.values.key, "world_model": self.world_model.key},
         )
+        self._choice_is_wide = c.choose.without_imagination
         self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
         self.distill: dict[str, Part] = {}
         self.evaluate: dict[str, Part] = {}
@@ -136,8 +137,9 @@ class Parts:
 
     @property
     def candidates(self) -> list[str]:
-        """The variants whose policies are chosen from."""
-        return [name for name in ("ipd", "no_imagination") if name in self.distill]
+        """The variants whose policies are chosen from, the simplest first."""
+        offered = ("no_imagination", "ipd") if self._choice_is_wide else ("ipd",)
+        return [name for name in offered if name in self.distill]
 
     @property
     def policy(self) -> Part:

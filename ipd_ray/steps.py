@@ -42,7 +42,7 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import imagined_returns
+from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
@@ -362,7 +362,7 @@ def run_choose(
     config: ChooseConfig,
     seed: int,
 ) -> None:
-    """Step 6: keep one of the policies that distillations left; distilled: artifacts by variant, "ipd" first."""
+    """Step 6: keep one of the policies that distillations left; distilled: artifacts by variant, the simplest first."""
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
     data, dynamics = log.load(), world_model_of(world_model, place.device)
@@ -384,8 +384,8 @@ def run_choose(
         })
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
-    best = max(range(len(found)), key=lambda i: found[i]["return_mean"])  # the first, later one of equals
-    variant, artifact, step, tensors = policies[best]
+    means, errors = ([row[name] for row in found] for name in ("return_mean", "return_sem"))
+    variant, artifact, step, tensors = policies[simplest_of_the_best(means, errors, config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 2
+VERSION = 3
 _STREAM = 77
 _RANGE = 0.05
 """Share of the log's range by which an imagined state may lie outside it; it is held there."""
@@ -39,6 +40,15 @@ def first_observations(log: Log, episodes: int) -> Floats:
     """(N, O) first observations of the log's episodes, evenly spaced and repeated where there are fewer."""
     first = log.transitions.episode_start[:-1]
     return log.transitions.observation[first[np.arange(episodes) * len(first) // episodes]]
+
+
+def simplest_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance: float) -> int:
+    """Index of the first candidate, simplest first, within `tolerance` standard errors of the best.
+
+    Breiman's one-standard-error rule: differences that the roll-outs cannot tell decide nothing.
+    """
+    best = max(range(len(mean)), key=lambda i: mean[i])
+    return next(i for i, m in enumerate(mean) if m >= mean[best] - tolerance * sem[best])
 
 
 @torch.no_grad()
