@@ -247,7 +247,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
             rows.append((name.replace("_", " "), score + _normalised(s)))
     if chosen := summary.get("chosen"):
         made = "with plans" if chosen["variant"] == "ipd" else "without plans"
-        rows.append(("chosen", f"distilled {made}, {chosen['step']:,} updates: the best inside the world model"))
+        rows.append(("chosen", f"distilled {made}, {chosen['step']:,} updates; none is clearly better in imagination"))
     if "distill" in summary["seconds"] and "policy" not in summary:
         rows.append(("policy", "not evaluated"))
     if imagined := summary.get("imagined"):

@@ -666,7 +666,7 @@ READING = f"""\
 **How to read this.** A score is normalised as D4RL does it: 100 x (return - low) / (high - low), with the two
 references of the dataset (they stand below the raw returns). 0 is about a random policy, 100 about an expert. Each
 number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or,
-of `ipd` and `value_guided_chosen`, the one that does best inside the world model, without a look at these scores;
+of `ipd` and `value_guided_chosen`, the simplest that does as well as the best inside the world model, without a look at these scores;
 every seed's own number stands small below it, a dash where that seed has not run. The best checkpoint, in
 parentheses, is picked by the very scores it reports, so it flatters and is there for comparison only. In bold: the
 highest of a column, which says nothing about chance. "{MISSING}" is a run that is not there: nothing is filled in,
@@ -768,8 +768,8 @@ def readme_blocks(tiers: Sequence[Scores]) -> list[Block]:
         versions = {v for r in scores.all if (v := r.versions.get("torch"))}
         blocks.append(
             f"Tier `{scores.tier}`, {_days(scores.all)}, commits {_commits(scores.all)}, torch "
-            f"{_listed(sorted(versions)) or 'unknown'}, {_minutes_span(scores)}. Normalised return of the last "
-            f"checkpoint, mean over seeds; below, each seed's own (seeds {_listed(scores.seeds)})."
+            f"{_listed(sorted(versions)) or 'unknown'}, {_minutes_span(scores)}. Normalised return of what a run "
+            f"leaves, mean over seeds; below, each seed's own (seeds {_listed(scores.seeds)})."
         )
         blocks.append(score_table(scores, ran, best=False))
         if absent:
