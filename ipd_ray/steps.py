@@ -368,9 +368,9 @@ def run_choose(
     data, dynamics = log.load(), world_model_of(world_model, place.device)
     threshold = float(np.quantile(holdout_uncertainty(world_model, uncertainty), config.known))
     policies = [
-        (variant, Artifact(Path(path)), step, tensors)
-        for variant, path in distilled.items()
-        for step, tensors in reversed(policies_of(Artifact(Path(path))))
+        (variant, artifact, step, tensors)
+        for variant, artifact in ((name, Artifact(Path(path))) for name, path in distilled.items())
+        for step, tensors in reversed(policies_of(artifact))
     ]
     found: list[dict[str, Any]] = []
     for i, (variant, artifact, step, tensors) in enumerate(policies):
@@ -400,8 +400,9 @@ def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig, c
     workspace.rewind({})  # an evaluation that was cut off begins anew
     artifact = Artifact(Path(policy))
     described = artifact.described
-    own = [step for step, _ in policies_of(artifact)]
-    policies = [(described, tensors) for _, tensors in policies_of(artifact)]
+    along = policies_of(artifact)
+    own = [step for step, _ in along]
+    policies = [(described, tensors) for _, tensors in along]
     headline = len(policies) - 1
     if chosen is not None:
         kept = Artifact(Path(chosen))

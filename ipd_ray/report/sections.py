@@ -107,7 +107,7 @@ def _returns_section(view: View) -> str:
             panel(
                 "Score along distillation",
                 figures.curves(lines, x="updates", y="return", alt="Return of the policies kept along the way"),
-                "The same episodes for each; the last one is the headline. Picking the best of them flatters.",
+                "The same episodes for each. Picking the best of them by these scores flatters.",
             )
         )
     candidates = view.diagnostics("choose").get("candidates") or []
