@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ipd_ray.config import RuntimeConfig
@@ -14,6 +13,7 @@ from ipd_ray.distributed.distill import distill
 from ipd_ray.distributed.pool import ActorPool
 from ipd_ray.engine import Task, drive, raise_failures
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import Folder
 
 AHEAD = 16
 """Actors asked for beyond the room there is, where an autoscaler may make room."""
@@ -81,5 +81,5 @@ class RayEngine:
 
 
 def _require_absolute(name: str, path: str) -> None:
-    if not Path(path).is_absolute():
-        raise ValueError(f"{name}: work={path!r} must be an absolute path: workers have folders of their own.")
+    if Folder.of(path).uri != path.rstrip("/"):
+        raise ValueError(f"{name}: work={path!r} must be an absolute path or a URI: workers have folders of their own.")
