@@ -27,6 +27,25 @@ NO_SPEC = Spec("", {}, [], [], [], "")
 
 def check_config(config: RunConfig) -> None:
     """Raise UserError for what no dataset could mend: values that contradict each other, things that cannot be had."""
+    check_contradictions(config)
+    runtime = config.runtime
+    check_device(runtime.device)
+    resolve(config.world_model.termination)
+    if config.evaluate.environment:
+        environment_maker(NO_SPEC, config.evaluate.environment)
+    if runtime.engine == "ray":
+        ray_engine()
+    if runtime.wandb != "off":
+        _importable("wandb", f"runtime.wandb={runtime.wandb}", "`pip install wandb`, or set runtime.wandb=off")
+    if runtime.tensorboard:
+        _importable(
+            "tensorboard", "runtime.tensorboard=true",
+            "`pip install ipd_ray[tensorboard]`, or set runtime.tensorboard=false",
+        )
+
+
+def check_contradictions(config: RunConfig) -> None:
+    """Raise UserError for values that contradict each other, whatever the machine."""
     policy, distill, runtime = config.policy, config.distill, config.runtime
     if policy.context > policy.max_timestep:
         raise UserError(
@@ -43,19 +62,6 @@ def check_config(config: RunConfig) -> None:
             f"runtime.address={runtime.address!r} names a Ray cluster, but runtime.engine=local: set "
             "runtime.engine=ray, or leave runtime.address out."
         )
-    check_device(runtime.device)
-    resolve(config.world_model.termination)
-    if config.evaluate.environment:
-        environment_maker(NO_SPEC, config.evaluate.environment)
-    if runtime.engine == "ray":
-        ray_engine()
-    if runtime.wandb != "off":
-        _importable("wandb", f"runtime.wandb={runtime.wandb}", "`pip install wandb`, or set runtime.wandb=off")
-    if runtime.tensorboard:
-        _importable(
-            "tensorboard", "runtime.tensorboard=true",
-            "`pip install ipd_ray[tensorboard]`, or set runtime.tensorboard=false",
-        )
 
 
 def check_device(name: str) -> None:
@@ -71,14 +77,19 @@ def check_device(name: str) -> None:
 
 def ray_engine() -> Any:
     """Return the class RayEngine. Raises UserError where ray is not installed."""
+    return ray_part("engine", "runtime.engine=ray", "set runtime.engine=local, which needs none").RayEngine
+
+
+def ray_part(name: str, wanted_by: str, otherwise: str = "") -> Any:
+    """Return a module of ipd_ray.distributed. Raises UserError where ray is not installed."""
     try:
-        return importlib.import_module("ipd_ray.distributed.engine").RayEngine
+        return importlib.import_module(f"ipd_ray.distributed.{name}")
     except ImportError as error:
-        if (error.name or "").split(".")[0] != "ray":
+        if (error.name or "").split(".")[0] not in ("ray", "aiohttp"):
             raise
         raise UserError(
-            f"runtime.engine=ray, but ray cannot be imported ({error}): `pip install ipd_ray` brings it, or set "
-            "runtime.engine=local, which needs none."
+            f"{wanted_by}, but ray cannot be imported ({error}): `pip install ipd_ray` brings it"
+            f"{', or ' * bool(otherwise)}{otherwise}."
         ) from None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+
+from ipd_ray.text import answer as _print
+from ipd_ray.text import answer_json as _print_json
+from ipd_ray.text import say as _say
+from ipd_ray.text import table as _table
 
 if TYPE_CHECKING:
     from ipd_ray.config import RunConfig
@@ -36,6 +41,8 @@ store_app = typer.Typer(no_args_is_help=True, help="The artifacts that runs shar
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(store_app, name="store")
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop what was submitted to a Ray cluster.")
+app.add_typer(jobs_app, name="jobs")
 
 
 # ---- errors and exit codes
@@ -109,18 +116,6 @@ def _explain_task(text: str) -> int:
     _say(text)
     _say(f"error: {message if kind == 'FloatingPointError' else last}")
     return 1
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _print(text: str, to_stderr: bool = False) -> None:
-    print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, default=str), flush=True)
 
 
 # ---- run, and its steps
@@ -198,18 +193,6 @@ def _dry_run(dataset: str, settings: RunConfig, run_dir: str | None, until: str,
     for remark in planned["remarks"]:
         print(f"\nnote: {remark}")
     print("\nEstimates, right within a factor of two or so, for this machine as busy as it is now; nothing was run.")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; what looks like a number is set to the right."""
-    columns = list(zip(header, *rows, strict=True))
-    right = [all(cell in ("", "-") or cell.lstrip("-")[:1].isdigit() for cell in column[1:]) for column in columns]
-    widths = [max(len(cell) for cell in column) for column in columns]
-    lines = []
-    for row in [header, *rows]:
-        cells = zip(row, widths, right, strict=True)
-        lines.append("  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in cells).rstrip())
-    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])
 
 
 def _step_command(name: str, until: str, text: str) -> None:
@@ -682,9 +665,120 @@ def report(
     _print(f"report in {near(written if output else folders[0] / name)}")
 
 
+# ---- clusters
+
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://HOST:8265."),
+]
+JobId = Annotated[str, typer.Argument(help="As `ipd-ray jobs ls` shows it.", metavar="JOB")]
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+@answers
+def submit(
+    command: Annotated[
+        list[str], typer.Argument(help="A command of ipd-ray: run DATASET --run-dir DIR ...", metavar="-- COMMAND")
+    ],
+    address: Address = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="Folder that the command runs in; a copy travels, without datasets and runs.")
+    ] = Path(),
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="More that stays here: a name or glob. Repeatable.", metavar="NAME")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Environment variable to hand over, such as WANDB_API_KEY: its name. Repeatable.",
+                     metavar="NAME"),
+    ] = None,
+    pins: Annotated[
+        bool,
+        typer.Option("--pins/--no-pins", help="Have every node install what ipd_ray needs in the versions installed "
+                     "here, where it has others; --no-pins takes the image as it is."),
+    ] = True,
+    follow: Annotated[
+        bool, typer.Option("--follow/--detach", help="Print the log until the job ends, or return at once.")
+    ] = True,
+    submission_id: Annotated[
+        str | None, typer.Option(help="Name of the job; Ray makes one up where not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a command of ipd-ray as a job of a Ray cluster: `ipd-ray submit --address http://HOST:8265 -- run DATASET`.
+
+    The command is checked first, as it would be here. It runs with runtime.engine=ray and runtime.address=auto where it
+    does not say otherwise, in a copy of --working-dir, with this very version of ipd_ray. Datasets, runs, stores,
+    environments, version control, what git ignores and what looks like a credential stay here. Results must go to
+    storage that every node sees: --run-dir is an absolute path, and so is runtime.store where it is given.
+
+    With --follow the exit code is the job's (143 for one that was stopped); Ctrl-C leaves the job running.
+
+    --env reads the value here and hands it to the job in the memory of the cluster's head until the job ends; it is in
+    no file, log or list of jobs. Whoever holds the cluster's token can read it there meanwhile, and plain http carries
+    it in clear, as it does the token. Where that is too much, let the cluster provide it (a Kubernetes Secret, an
+    instance's role) and leave --env out.
+
+    The token of a cluster that asks for one: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    """
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.submit(
+        app, command, address=address, working_dir=working_dir, env=env or (), pinned=pins, exclude=exclude or (),
+        follow=follow, submission_id=submission_id, as_json=as_json,
+    ))
+
+
+@jobs_app.command("ls")
+@answers
+def jobs_ls(address: Address = None, as_json: Json = False) -> None:
+    """List the jobs of the cluster, the last one first."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_ls(address, as_json)
+
+
+@jobs_app.command("status")
+@answers
+def jobs_status(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Say how a job stands: command, start, duration, exit code."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_status(job, address, as_json)
+
+
+@jobs_app.command("logs")
+@answers
+def jobs_logs(
+    job: JobId, address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends; the exit code is then the job's.")
+    ] = False,
+) -> None:
+    """Print what a job has printed."""
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.jobs_logs(job, address, follow))
+
+
+@jobs_app.command("stop")
+@answers
+def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Stop a job as Ctrl-C would: what is finished is kept, and the same command goes on from there."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_stop(job, address, as_json)
+
+
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    if os.environ.get("IPD_RAY_CREDENTIALS"):  # a job that was handed some
+        from ipd_ray.distributed.credentials import held
+
+        with held():
+            app()
+    else:
+        app()
 
 
 if __name__ == "__main__":

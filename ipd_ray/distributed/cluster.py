@@ -33,17 +33,17 @@ def connect(address: str | None, *, dashboard: bool = False) -> bool:
         ray.init(address="local", include_dashboard=dashboard, **quiet)
         return True
     try:
-        _knock(address)
+        knock(address)
         ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"runtime.address={address!r}: no Ray cluster can be joined there ({_first_line(error)}): start one with "
+            f"runtime.address={address!r}: no Ray cluster can be joined there ({first_line(error)}): start one with "
             "`ray start --head`, or leave runtime.address out for a cluster of this machine."
         ) from error
     return True
 
 
-def _knock(address: str) -> None:
+def knock(address: str) -> None:
     """Raise OSError where nobody listens: Ray would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
@@ -143,5 +143,6 @@ def check(runtime: RuntimeConfig, device: str, cluster: Cluster) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
