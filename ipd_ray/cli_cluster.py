@@ -111,9 +111,9 @@ def _config_file(path: Path | None, root: Path) -> Path | None:
         ) from None
 
 
-def _check_places(run_dir: Path | None, settings: RunConfig) -> None:
+def _check_places(run_dir: str | None, settings: RunConfig) -> None:
     """Raise UserError where results would lie in the job's own folder, which Ray deletes."""
-    for name, place in (("--run-dir", str(run_dir or "")), ("runtime.store", settings.runtime.store)):
+    for name, place in (("--run-dir", run_dir or ""), ("runtime.store", settings.runtime.store)):
         if place is not None and "://" not in place and not Path(place).is_absolute():
             raise UserError(
                 f"{name}{f'={place}' * bool(place)}: a job's own folder lies on one node and is deleted after it: give "
