@@ -35,6 +35,7 @@ setup(
         "bench": ["scipy>=1.15"],
         "dev": [
             "import-linter>=2.0",
+            "jsonschema>=4.18",
             "mypy>=1.11",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
