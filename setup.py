@@ -39,6 +39,7 @@ setup(
             "flask-cors>=5.0",
             "moto[s3]>=5.0",
             "import-linter>=2.0",
+            "jsonschema>=4.18",
             "mypy>=1.11",
             "pytest>=8.0",
             "pytest-timeout>=2.3",

@@ -107,3 +107,15 @@ class SlowJob(DistillJob):
 
         trainer.update = slow_update  # type: ignore[method-assign]
         return trainer, imagined
+
+
+@dataclass(frozen=True)
+class LocatedJob(DistillJob):
+    """A distillation whose workers tell on which node they are, by the process id of its raylet."""
+
+    found: str
+    """Folder that gets a file of that name."""
+
+    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
+        (Path(self.found) / os.environ["RAY_RAYLET_PID"]).touch()
+        return super().trainer(reducer)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ipd_ray.artifacts import RESULT, Workspace, load_checkpoint
 from ipd_ray.distill.fit import Reducer, fit_policy
-from ipd_ray.distributed.cluster import cpus
+from ipd_ray.distributed.cluster import NODE_ID, cpus
 from ipd_ray.engine import TaskError
 from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder
@@ -99,7 +99,7 @@ def train_worker(job: DistillJob) -> None:
         job.finish(workspace, trainer, imagined)
 
 
-def fit(job: DistillJob, workers: int, failures: int) -> None:
+def fit(job: DistillJob, workers: int, failures: int, labels: Mapping[str, str]) -> None:
     """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
     cuda, work = job.place.device.startswith("cuda"), Folder.of(job.work)
     filesystem, path = (work / FOLDER).arrow
@@ -107,7 +107,9 @@ def fit(job: DistillJob, workers: int, failures: int) -> None:
     trainer = ray.train.torch.TorchTrainer(
         partial(train_worker, job),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # read as Train V1's, which has no labels
+            num_workers=workers, use_gpu=cuda, resources_per_worker=resources, label_selector=dict(labels) or None
+        ),
         run_config=ray.train.RunConfig(
             name=f"distill-{work.name}",
             storage_path=path,
@@ -119,16 +121,20 @@ def fit(job: DistillJob, workers: int, failures: int) -> None:
     trainer.fit()
 
 
-def distill(job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES) -> None:
-    """Carry step 5 out with `workers` workers; `tick` is called twice a second. Raises TaskError where it fails.
+def distill(
+    job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Carry step 5 out with `workers` workers on nodes with `labels`; `tick` is called twice a second. Raises TaskError
+    where it fails.
 
     `fit` has a process of its own: this one stays free to tick and to be interrupted.
     """
     work = Folder.of(job.work)
     if not work.exists(RESULT):  # else a driver died between finishing and committing
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        running = start.remote(job, workers, failures)
+        running = start.remote(job, workers, failures, labels or {})
         try:
             while not ray.wait([running], timeout=0.5)[0]:
                 tick()
