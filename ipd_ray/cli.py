@@ -761,6 +761,35 @@ def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> Non
     cli_cluster.jobs_stop(job, address, as_json)
 
 
+@app.command("doctor")
+@answers
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="A dataset, for what each step would take; settings, such as runtime.actors=4.",
+                       metavar="[DATASET] [SECTION.FIELD=VALUE]"),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to look at: auto, HOST:PORT, ray://HOST:PORT. Short for "
+                                 "runtime.engine=ray runtime.address=...")
+    ] = None,
+    preset: Preset = None, config: ConfigFile = None, run_dir: RunDir = None, as_json: Json = False,
+) -> None:
+    """Say whether the machines are fit for a run: this one, or every node of a Ray cluster.
+
+    Looks at what they have, versions and numeric platform (equal everywhere?), storage (does every node see and write
+    what the others write?), threads, and settings that would never be scheduled. With a dataset: time and memory of
+    each step, after ten seconds of measuring on the nodes that would do it.
+
+    Exit code: 0 all well, 2 something must be mended, 3 warnings only.
+    """
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.doctor(
+        words or (), address=address, preset=preset, config=config, run_dir=run_dir, as_json=as_json
+    ))
+
+
 def main() -> None:
     """Entry point of the console script."""
     if os.environ.get("IPD_RAY_CREDENTIALS"):  # a job that was handed some

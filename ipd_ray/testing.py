@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ipd_ray.distill.fit import DistillTrainer, Reducer
+from ipd_ray.files import probe
 from ipd_ray.steps import DistillJob
 
 
@@ -60,6 +62,13 @@ def die_unless(marker: str) -> None:
     except FileExistsError:
         return
     die()
+
+
+def probe_where_writable(uri: str) -> None:
+    """Probe a folder, as if it could be read only where IPD_RAY_TEST_READ_ONLY is set."""
+    if os.environ.get("IPD_RAY_TEST_READ_ONLY"):
+        raise PermissionError(errno.EACCES, "Permission denied", uri)
+    probe(uri)
 
 
 def write_pid(path: str, seconds: float) -> None:
