@@ -66,13 +66,17 @@ def answers(command: F) -> F:
             signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return command(*args, **kwargs)
-        except (KeyboardInterrupt, Terminated) as error:
-            _say(
-                "\nStopped. What is finished is kept; the same command goes on from there:\n  "
-                f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
-            )
-            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
-        except Exception as error:
+        except BaseException as error:
+            # What a signal raises inside Ray's compiled code comes out as the cause of a SystemError.
+            reason = error.__cause__ if isinstance(error, SystemError) else error
+            if isinstance(reason, (KeyboardInterrupt, Terminated)):
+                _say(
+                    "\nStopped. What is finished is kept; the same command goes on from there:\n  "
+                    f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
+                )
+                raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+            if not isinstance(error, Exception):
+                raise
             raise typer.Exit(_explain(error)) from None
 
     return answering  # type: ignore[return-value]
