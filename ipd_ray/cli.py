@@ -140,9 +140,9 @@ ConfigFile = Annotated[
     typer.Option("--config", help="YAML file of settings, over the preset's; `ipd-ray config` writes one to edit."),
 ]
 RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the run; runs/<dataset>-seed<seed> where not given. What runs share lies in `store` "
-                 "beside it."),
+    str | None,
+    typer.Option(help="Folder of the run or its URI (s3://bucket/runs/mine, gs://...); runs/<dataset>-seed<seed> where "
+                 "not given. What runs share lies in `store` beside it.", metavar="PATH|URI"),
 ]
 DryRun = Annotated[
     bool,
@@ -154,7 +154,7 @@ Json = Annotated[
 
 
 def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, preset: str | None, config: Path | None,
-                 run_dir: Path | None, dry_run: bool, as_json: bool) -> None:
+                 run_dir: str | None, dry_run: bool, as_json: bool) -> None:
     from ipd_ray import config as config_module
 
     settings = config_module.load(preset, config, overrides or ())
@@ -170,9 +170,10 @@ def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, pres
     _print(_summary_table(summary), to_stderr=as_json)
 
 
-def _dry_run(dataset: str, settings: RunConfig, run_dir: Path | None, until: str, as_json: bool) -> None:
+def _dry_run(dataset: str, settings: RunConfig, run_dir: str | None, until: str, as_json: bool) -> None:
     from ipd_ray.api import plan
     from ipd_ray.runs import human_bytes
+    from ipd_ray.storage import near
 
     planned = plan(dataset, settings, run_dir=run_dir, until=until)
     if as_json:
@@ -190,7 +191,7 @@ def _dry_run(dataset: str, settings: RunConfig, run_dir: Path | None, until: str
     whole = planned["total"]
     space = [amount(whole[name], human_bytes) for name in ("memory", "disk")]
     rows.append(["in all", "", amount(whole["seconds"], _seconds), *space, ""])
-    folder, store = (_near(Path(planned[name])) for name in ("run_dir", "store"))
+    folder, store = (near(planned[name]) for name in ("run_dir", "store"))
     print(f"{planned['dataset']}, run folder {folder}, store {store}\n")
     print(_table(["step", "state", "time", "memory", "disk", "key"], rows))
     for remark in planned["remarks"]:
@@ -221,7 +222,9 @@ _step_command("evaluate", "evaluate", "A run up to step 6, the scores: the same 
 
 def _summary_table(summary: Mapping[str, Any]) -> str:
     """The last table: what the data held, what the policy reached, what was imagined."""
-    data, folder = summary["data"], Path(summary["run_dir"])
+    from ipd_ray.storage import Folder, near
+
+    data, folder = summary["data"], Folder.of(summary["run_dir"])
     size = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
     rows = [
         ("dataset", f"{summary['dataset']}, {size}; seed {summary['seed']}"),
@@ -250,11 +253,11 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         rows.append(("value", f"{kept} (discounted)"))
     if summary["seconds"]:
         rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
-    rows.append(("run folder", str(_near(folder))))
-    if (folder / "policy").exists():
-        rows.append(("policy", f'from ipd_ray import Policy; Policy.load("{_near(folder)}")'))
-    if (folder / "report.html").exists():
-        rows.append(("report", str(_near(folder / "report.html"))))
+    rows.append(("run folder", near(folder)))
+    if (folder.path / "policy").exists():
+        rows.append(("policy", f'from ipd_ray import Policy; Policy.load("{near(folder)}")'))
+    if (folder.path / "report.html").exists():
+        rows.append(("report", near(folder / "report.html")))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -268,14 +271,6 @@ def _seconds(value: float) -> str:
     from ipd_ray.runs import human_seconds
 
     return human_seconds(value)
-
-
-def _near(path: Path) -> Path:
-    """The path as a user would type it."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 # ---- config
@@ -309,10 +304,11 @@ def data_demo(
 ) -> None:
     """Make the demo's log: Pendulum by a scripted controller of mixed skill. Needs no download."""
     from ipd_ray.data.demo import demo_root, make_demo
+    from ipd_ray.storage import near
 
     root = demo_root()
     name = make_demo(root, force=force)
-    _print(f"{name} lies in {_near(root)}; train on it with `ipd-ray run demo --preset demo`.")
+    _print(f"{name} lies in {near(root)}; train on it with `ipd-ray run demo --preset demo`.")
 
 
 @data_app.command("show")
@@ -492,30 +488,35 @@ def data_export(
     only_imagined: Annotated[
         bool, typer.Option("--only-imagined", help="The accepted segments alone, without the log's episodes.")
     ] = False,
-    runs_dir: Annotated[Path, typer.Option(help="Where runs lie.")] = Path("runs"),
+    runs_dir: Annotated[str, typer.Option(help="Where runs lie: a folder or a URI.", metavar="PATH|URI")] = "runs",
 ) -> None:
     """Write a run's log and its accepted imagined segments as one Minari dataset, each segment an episode."""
     from ipd_ray.api import export
     from ipd_ray.data.export import check_id
     from ipd_ray.runs import open_run
+    from ipd_ray.storage import near
 
     check_id(name)
     folder, segments = export(open_run(run, runs_dir), name, with_log=not only_imagined)
-    _print(f"{name}: {segments:,} imagined segments{'' if only_imagined else ' and the log'} in {_near(folder)}")
+    _print(f"{name}: {segments:,} imagined segments{'' if only_imagined else ' and the log'} in {near(folder)}")
 
 
 # ---- runs and store
 
-RunsDir = Annotated[Path, typer.Option(help="Where runs lie.")]
-StoreDir = Annotated[Path | None, typer.Option("--store", help="The store; `store` in --runs-dir where not given.")]
+RunsDir = Annotated[str, typer.Option(help="Where runs lie: a folder or a URI.", metavar="PATH|URI")]
+StoreDir = Annotated[
+    str | None,
+    typer.Option("--store", help="The store; `store` in --runs-dir where not given.", metavar="PATH|URI"),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @runs_app.command("ls")
 @answers
-def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
+def runs_ls(runs_dir: RunsDir = "runs", as_json: Json = False) -> None:
     """List the runs with their scores."""
     from ipd_ray.runs import list_runs, row
+    from ipd_ray.storage import Folder
 
     rows = [row(run) for run in list_runs(runs_dir)]
     if as_json:
@@ -529,7 +530,7 @@ def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
         return "-" if value is None else format(value, form)
 
     shown = [
-        [Path(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
+        [Folder.of(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
          number(r["policy_std"]), number(r["normalised"]), number(r["accepted"], ",d"),
          "-" if r["seconds"] is None else _seconds(r["seconds"]), r["state"]]
         for r in rows
@@ -544,16 +545,17 @@ def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
 def runs_diff(
     a: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another.", metavar="B")],
-    runs_dir: RunsDir = Path("runs"), as_json: Json = False,
+    runs_dir: RunsDir = "runs", as_json: Json = False,
 ) -> None:
     """Compare two runs: settings that differ, artifacts they share, scores."""
     from ipd_ray.runs import difference, open_run
+    from ipd_ray.storage import Folder
 
     found = difference(open_run(a, runs_dir), open_run(b, runs_dir))
     if as_json:
         _print_json(found)
         return
-    names = [Path(path).name for path in found["runs"]]
+    names = [Folder.of(path).name for path in found["runs"]]
     if found["dataset"][0] != found["dataset"][1]:
         print(f"datasets: {found['dataset'][0]} and {found['dataset'][1]}\n")
     elif not found["same_data"]:
@@ -576,38 +578,40 @@ def runs_diff(
 @answers
 def runs_rm(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="RUN")],
-    yes: Yes = False, runs_dir: RunsDir = Path("runs"),
+    yes: Yes = False, runs_dir: RunsDir = "runs",
 ) -> None:
     """Delete a run's folder, its policy included. What it has in the store stays until `store prune`."""
     from ipd_ray.api import holding
-    from ipd_ray.files import folder_bytes
     from ipd_ray.runs import human_bytes, open_run, remove
+    from ipd_ray.storage import near
 
     found = open_run(run, runs_dir)
-    _confirm(f"delete {_near(found.path)} ({human_bytes(folder_bytes(found.path))}, policy included)?", yes)
-    with holding(found.path):
+    _confirm(f"delete {near(found.folder)} ({human_bytes(found.folder.bytes)}, policy included)?", yes)
+    with holding(found.folder):
         remove(found)
-    _print(f"deleted {found.path}; `ipd-ray store prune` frees what no run uses any more")
+    _print(f"deleted {found.folder}; `ipd-ray store prune` frees what no run uses any more")
 
 
 @store_app.command("ls")
 @answers
-def store_ls(runs_dir: RunsDir = Path("runs"), store: StoreDir = None, as_json: Json = False) -> None:
+def store_ls(runs_dir: RunsDir = "runs", store: StoreDir = None, as_json: Json = False) -> None:
     """List what runs share, with sizes and the runs that use it."""
     from ipd_ray.runs import human_bytes, list_store
+    from ipd_ray.storage import Folder, near
 
-    items = list_store(store or runs_dir / "store", runs_dir)
+    place = store or Folder.of(runs_dir) / "store"
+    items = list_store(place, runs_dir)
     if as_json:
         _print_json([
-            {"step": i.step, "name": i.path.name, "state": i.state, "bytes": i.bytes, "runs": list(i.runs),
-             "path": str(i.path)}
+            {"step": i.step, "name": i.name, "state": i.state, "bytes": i.bytes, "runs": list(i.runs),
+             "path": str(i.folder)}
             for i in items
         ])
         return
     if not items:
-        _say(f"nothing in {store or runs_dir / 'store'}: --store or --runs-dir names another place")
+        _say(f"nothing in {near(place)}: --store or --runs-dir names another place")
         return
-    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes), ", ".join(i.runs) or "-"] for i in items]
+    rows = [[i.step, i.name[:12], i.state, human_bytes(i.bytes), ", ".join(i.runs) or "-"] for i in items]
     print(_table(["step", "key", "state", "size", "used by"], rows))
     print(f"\n{len(items)} in all, {human_bytes(sum(i.bytes for i in items))}")
 
@@ -615,7 +619,7 @@ def store_ls(runs_dir: RunsDir = Path("runs"), store: StoreDir = None, as_json: 
 @store_app.command("prune")
 @answers
 def store_prune(
-    runs_dir: RunsDir = Path("runs"), store: StoreDir = None,
+    runs_dir: RunsDir = "runs", store: StoreDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -624,12 +628,13 @@ def store_prune(
     What a live process works on stays. A run that needs a deleted artifact again computes it again.
     """
     from ipd_ray.runs import delete, human_bytes, list_store, prunable
+    from ipd_ray.storage import Folder
 
-    items = prunable(list_store(store or runs_dir / "store", runs_dir))
+    items = prunable(list_store(store or Folder.of(runs_dir) / "store", runs_dir))
     if not items:
         _print("nothing to prune")
         return
-    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes)] for i in items]
+    rows = [[i.step, i.name[:12], i.state, human_bytes(i.bytes)] for i in items]
     print(_table(["step", "key", "state", "size"], rows))
     size = human_bytes(sum(i.bytes for i in items))
     if dry_run:
@@ -649,15 +654,19 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="The file; report.html in the first run's folder where not given."),
     ] = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = "runs",
 ) -> None:
     """Write one HTML page on a run, or one that compares several. It needs nothing else, and no network."""
     from ipd_ray.report import build_report
     from ipd_ray.runs import open_run
+    from ipd_ray.storage import near
 
-    folders = [open_run(name, runs_dir).path for name in run]
-    target = output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    _print(f"report in {_near(build_report(folders, target))}")
+    folders = [open_run(name, runs_dir).folder for name in run]
+    name = "report.html" if len(folders) == 1 else "comparison.html"
+    written = build_report(folders, output or folders[0].path / name)
+    if output is None:
+        folders[0].push([name])
+    _print(f"report in {near(written if output else folders[0] / name)}")
 
 
 # ---- clusters

@@ -95,7 +95,8 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
         added.append("runtime.address=auto")
     check_contradictions(settings)
     if not values.get("dry_run"):
-        _check_places(values.get("run_dir"), settings)
+        folder = next((name for name in ("run_dir", "sweep_dir") if name in values), None)
+        _check_places(f"--{folder.replace('_', '-')}" if folder else "", values.get(folder or ""), settings)
     return [*words, *added], settings, file
 
 
@@ -111,10 +112,10 @@ def _config_file(path: Path | None, root: Path) -> Path | None:
         ) from None
 
 
-def _check_places(run_dir: Path | None, settings: RunConfig) -> None:
-    """Raise UserError where results would lie in the job's own folder, which Ray deletes."""
-    for name, place in (("--run-dir", str(run_dir or "")), ("runtime.store", settings.runtime.store)):
-        if place is not None and "://" not in place and not Path(place).is_absolute():
+def _check_places(option: str, folder: str | Path | None, settings: RunConfig) -> None:
+    """Raise UserError where results would lie in the job's own folder, which Ray deletes. option: what names them."""
+    for name, place in ((option, str(folder or "")), ("runtime.store", settings.runtime.store)):
+        if name and place is not None and "://" not in place and not Path(place).is_absolute():
             raise UserError(
                 f"{name}{f'={place}' * bool(place)}: a job's own folder lies on one node and is deleted after it: give "
                 f"{name} an absolute path on storage that every node sees."
@@ -199,7 +200,7 @@ def _follow(server: Any, name: str, to_stderr: bool = False) -> int:
 
 
 def doctor(
-    words: Sequence[str], *, address: str | None, preset: str | None, config: Path | None, run_dir: Path | None,
+    words: Sequence[str], *, address: str | None, preset: str | None, config: Path | None, run_dir: str | None,
     as_json: bool,
 ) -> int:
     """Examine the machines that a run would use, and say what was found; return the exit code."""

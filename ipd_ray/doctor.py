@@ -22,12 +22,13 @@ import ipd_ray
 from ipd_ray.api import plan, processes, run_folder, store_of
 from ipd_ray.artifacts import numeric_platform
 from ipd_ray.checks import check_config, ray_part
-from ipd_ray.config import RunConfig
+from ipd_ray.config import RunConfig, label_selector
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import Sizes, work_seconds
-from ipd_ray.files import probe as probe_folder
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import human_bytes
+from ipd_ray.storage import Folder
+from ipd_ray.storage import probe as probe_folder
 from ipd_ray.training import cores, resolve_device
 
 PACKAGES = ("ray", "torch", "numpy")
@@ -125,11 +126,11 @@ def _source_digest() -> str:
 
 
 def _storage(folder: str, file: str, probe: Callable[[str], None]) -> str:
-    if file and not (Path(folder) / file).exists():
-        return "does not see what is written to it elsewhere: it is no storage that the nodes share"
     try:
+        if file and not Folder.of(folder).exists(file):
+            return "does not see what is written to it elsewhere: it is no storage that the nodes share"
         probe(folder)
-    except OSError as error:
+    except (OSError, UserError) as error:
         return str(error)
     return ""
 
@@ -249,23 +250,25 @@ def _settings(config: RunConfig) -> Iterator[Finding]:
 @contextmanager
 def _marked(places: Sequence[str]) -> Iterator[dict[str, str]]:
     """Yield {folder: a file in it}, which other machines should see; gone afterwards, as are folders made for it."""
-    files, made = {}, []
+    files: dict[str, str] = {}
+    made = []
     try:
         for place in places:
-            files[place] = ""
-            if "://" in place:
-                continue
-            made += [path for path in (Path(place), *Path(place).parents) if not path.exists()]
-            with suppress(OSError):  # each machine's own look says why
-                Path(place).mkdir(parents=True, exist_ok=True)
-                name = f".doctor-{uuid.uuid4().hex}"
-                (Path(place) / name).write_text("")
+            folder, name = Folder.of(place), f".doctor-{uuid.uuid4().hex}"
+            if not folder.remote:
+                made += [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+            try:
+                if not folder.remote:
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                folder.write_text(name, "")
                 files[place] = name
+            except OSError:  # each machine's own look says why
+                files[place] = ""
         yield files
     finally:
         for place, name in files.items():
             if name:
-                (Path(place) / name).unlink(missing_ok=True)
+                Folder.of(place).remove_file(name)
         for path in sorted(set(made), key=lambda path: -len(path.parts)):
             with suppress(OSError):
                 path.rmdir()
@@ -385,7 +388,7 @@ class _Cluster:
         except UserError as error:
             yield Finding("error", "fit", str(error))
             return
-        room = found.slots(runtime.threads, self._gpus)
+        room = self._room(found)
         more = ", more where the autoscaler adds nodes" if found.autoscaled else ""
         yield Finding("ok", "fit", f"{found}: {room} imagination workers at a time{more}")
         if runtime.actors > room and not found.autoscaled:
@@ -400,7 +403,7 @@ class _Cluster:
             )
 
     def workers(self) -> int:
-        room = int(self._cluster.inspect().slots(self._config.runtime.threads, self._gpus))
+        room = self._room(self._cluster.inspect())
         return max(1, min(self._config.runtime.actors or room, room))
 
     def calibrated(self, steps: Sequence[str], sizes: Sizes) -> tuple[dict[str, float] | None, Finding]:
@@ -415,8 +418,13 @@ class _Cluster:
             finding = Finding("ok", "calibration", f"measured on {_shown(well)}, as busy as now; the slowest counts")
         return {step: max(seconds[step] for seconds in well.values()) for step in steps} if well else None, finding
 
+    def _room(self, found: Any) -> int:
+        """Imagination workers that fit a cluster at a time."""
+        runtime = self._config.runtime
+        return int(found.where(label_selector(runtime.actor_labels)).slots(runtime.threads, self._gpus))
+
     def _actors(self, member: Any) -> int:
-        return int(member.offers.slots(self._config.runtime.threads, self._gpus))
+        return self._room(self._cluster.Cluster((member.offers,), autoscaled=False))
 
     def _everywhere(self, function: Callable[..., Any], *args: Any) -> dict[str, Any]:
         gpus = GPU_SHARE if self._gpus else 0.0

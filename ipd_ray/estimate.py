@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ipd_ray.artifacts import read_jsonl
+from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_path
 from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
@@ -136,17 +136,20 @@ def estimate_disk(context: Context, until: str) -> int:
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:
-    path = columns_path(context.store.root / "data", context.transitions.content_hash)
-    return 0 if path.exists() else round(_log_bytes(sizes))
+    data = context.store.root / "data"
+    there = data.exists(columns_path(data.path, context.transitions.content_hash).name)
+    return 0 if there else round(_log_bytes(sizes))
 
 
 def _done(context: Context, part: Part) -> float:
     """Share of a stopped part that is done."""
-    folder = context.store.partial(part.step, part.key)
+    folder = context.store.folder(part.step, part.key)
     if part.step == "imagine":
         shards = max(1, -(-_starts(context.config, Sizes.of(context)) // context.config.imagine.shard_size))
-        return min(1.0, len(list(folder.glob("shard-*.json"))) / shards)
-    rows = read_jsonl(folder / "metrics.jsonl")
+        there = sum(name.startswith("shard-") and name.endswith(".json") for name in folder.sizes())
+        return min(1.0, there / shards)
+    folder.pull([METRICS])
+    rows = read_jsonl(folder.path / METRICS)
     return rows[-1]["step"] / rows[-1]["total"] if rows and part.step != "evaluate" else 0.0
 
 

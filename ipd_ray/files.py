@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 
@@ -20,23 +18,6 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def probe(uri: str) -> None:
-    """Write a small file into a folder, read it back, delete it, and what was made on the way. Raises OSError."""
-    folder = Path(uri)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    file, text = folder / f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-        if file.read_text() != text:
-            raise OSError(errno.EIO, "what was written is not what is read", uri)
-    finally:
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-            for path in missing:
-                path.rmdir()
 
 
 def folder_bytes(path: Path) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ipd_ray.distill.fit import DistillTrainer, Reducer
-from ipd_ray.files import probe
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import probe
 
 
 def square(value: int, seconds: float = 0.0) -> int:
@@ -116,3 +116,15 @@ class SlowJob(DistillJob):
 
         trainer.update = slow_update  # type: ignore[method-assign]
         return trainer, imagined
+
+
+@dataclass(frozen=True)
+class LocatedJob(DistillJob):
+    """A distillation whose workers tell on which node they are, by the process id of its raylet."""
+
+    found: str
+    """Folder that gets a file of that name."""
+
+    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
+        (Path(self.found) / os.environ["RAY_RAYLET_PID"]).touch()
+        return super().trainer(reducer)

@@ -102,7 +102,7 @@ def left_here(folder: Path) -> str:
         return "environment"
     if (folder / IDENTITY).exists():
         return "run"
-    if any(True for pattern in ("*/*/artifact.json", "*/*.partial/lease.json") for _ in folder.glob(pattern)):
+    if any(True for pattern in ("*/*/artifact.json", "*/*/lease.json") for _ in folder.glob(pattern)):
         return "store"
     data = folder / "data"  # Minari's, in either of its formats
     if (data / "metadata.json").exists() and ((data / "main_data.hdf5").exists() or (data / "0").is_dir()):

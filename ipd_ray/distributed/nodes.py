@@ -35,7 +35,7 @@ def members() -> list[Member]:
         if node["Alive"]:
             r = node["Resources"]
             name = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
-            offers = Node(r.get("CPU", 0.0), r.get("GPU", 0.0))
+            offers = Node(r.get("CPU", 0.0), r.get("GPU", 0.0), node["Labels"])
             found.append(Member(
                 node["NodeID"], name, offers, r.get("memory", 0.0), r.get("object_store_memory", 0.0)
             ))
