@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,17 +81,22 @@ def run(
 
 
 def plan(
-    dataset: str, config: RunConfig | None = None, *, run_dir: str | Path | None = None, until: str = "evaluate"
+    dataset: str, config: RunConfig | None = None, *, run_dir: str | Path | None = None, until: str = "evaluate",
+    workers: int | None = None, work: Callable[[Context], Mapping[str, float] | None] | None = None,
 ) -> dict[str, Any]:
-    """Return what `run` would reuse and do, with estimates of time, memory and disk; does nothing of it."""
+    """Return what `run` would reuse and do, with estimates of time, memory and disk; does nothing of it.
+
+    workers: of imagination; as many as the local engine would have where not given. work: seconds of each step on the
+    machine that will do it; this machine is measured where not given.
+    """
     config = config or RunConfig()
     folder = run_folder(dataset, config, run_dir)
     store = store_of(config, folder)
     _check_before_loading(config, folder, store, until)
     cache = (store / "data").path if store.exists() else None
     context = _prepared(dataset, config, folder, store, until, Listeners(), cache=cache)
-    workers = processes(config, context.device)
-    rows = estimate(context, until, workers)
+    workers = workers or processes(config, context.device)
+    rows = estimate(context, until, workers, work(context) if work else None)
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
         "total": total(context, rows, workers),

@@ -66,13 +66,17 @@ def answers(command: F) -> F:
             signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return command(*args, **kwargs)
-        except (KeyboardInterrupt, Terminated) as error:
-            _say(
-                "\nStopped. What is finished is kept; the same command goes on from there:\n  "
-                f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
-            )
-            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
-        except Exception as error:
+        except BaseException as error:
+            # What a signal raises inside Ray's compiled code comes out as the cause of a SystemError.
+            reason = error.__cause__ if isinstance(error, SystemError) else error
+            if isinstance(reason, (KeyboardInterrupt, Terminated)):
+                _say(
+                    "\nStopped. What is finished is kept; the same command goes on from there:\n  "
+                    f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
+                )
+                raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+            if not isinstance(error, Exception):
+                raise
             raise typer.Exit(_explain(error)) from None
 
     return answering  # type: ignore[return-value]
@@ -768,6 +772,35 @@ def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> Non
     from ipd_ray import cli_cluster
 
     cli_cluster.jobs_stop(job, address, as_json)
+
+
+@app.command("doctor")
+@answers
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="A dataset, for what each step would take; settings, such as runtime.actors=4.",
+                       metavar="[DATASET] [SECTION.FIELD=VALUE]"),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to look at: auto, HOST:PORT, ray://HOST:PORT. Short for "
+                                 "runtime.engine=ray runtime.address=...")
+    ] = None,
+    preset: Preset = None, config: ConfigFile = None, run_dir: RunDir = None, as_json: Json = False,
+) -> None:
+    """Say whether the machines are fit for a run: this one, or every node of a Ray cluster.
+
+    Looks at what they have, versions and numeric platform (equal everywhere?), storage (does every node see and write
+    what the others write?), threads, and settings that would never be scheduled. With a dataset: time and memory of
+    each step, after ten seconds of measuring on the nodes that would do it.
+
+    Exit code: 0 all well, 2 something must be mended, 3 warnings only.
+    """
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.doctor(
+        words or (), address=address, preset=preset, config=config, run_dir=run_dir, as_json=as_json
+    ))
 
 
 def main() -> None:

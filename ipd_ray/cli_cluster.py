@@ -1,4 +1,4 @@
-"""What the commands around a Ray cluster do: submit, jobs."""
+"""What the commands around a Ray cluster do: submit, jobs, doctor."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
         added.append("runtime.address=auto")
     check_contradictions(settings)
     if not values.get("dry_run"):
-        _check_places(values.get("run_dir"), settings)
+        folder = next((name for name in ("run_dir", "sweep_dir") if name in values), None)
+        _check_places(f"--{folder.replace('_', '-')}" if folder else "", values.get(folder or ""), settings)
     return [*words, *added], settings, file
 
 
@@ -111,10 +112,10 @@ def _config_file(path: Path | None, root: Path) -> Path | None:
         ) from None
 
 
-def _check_places(run_dir: str | None, settings: RunConfig) -> None:
-    """Raise UserError where results would lie in the job's own folder, which Ray deletes."""
-    for name, place in (("--run-dir", run_dir or ""), ("runtime.store", settings.runtime.store)):
-        if place is not None and "://" not in place and not Path(place).is_absolute():
+def _check_places(option: str, folder: str | Path | None, settings: RunConfig) -> None:
+    """Raise UserError where results would lie in the job's own folder, which Ray deletes. option: what names them."""
+    for name, place in ((option, str(folder or "")), ("runtime.store", settings.runtime.store)):
+        if name and place is not None and "://" not in place and not Path(place).is_absolute():
             raise UserError(
                 f"{name}{f'={place}' * bool(place)}: a job's own folder lies on one node and is deleted after it: give "
                 f"{name} an absolute path on storage that every node sees."
@@ -193,6 +194,39 @@ def _follow(server: Any, name: str, to_stderr: bool = False) -> int:
         say(job.message)
     say(f"{name}: {job.status}" + (f", exit code {job.code}" if job.code else "") + f", after {_when(job)[1]}")
     return int(job.exit_code)
+
+
+# ---- doctor
+
+
+def doctor(
+    words: Sequence[str], *, address: str | None, preset: str | None, config: Path | None, run_dir: str | None,
+    as_json: bool,
+) -> int:
+    """Examine the machines that a run would use, and say what was found; return the exit code."""
+    from ipd_ray.doctor import examine
+
+    named = [word for word in words if "=" not in word]
+    if len(named) > 1:
+        raise UserError(f"{' '.join(named)}: name one dataset; settings are written as section.field=value.")
+    engine = ["runtime.engine=ray", f"runtime.address={address}"] if address else []
+    settings = config_module.load(preset, config, [*engine, *(word for word in words if "=" in word)])
+    report = examine(named[0] if named else None, settings, run_dir)
+    if as_json:
+        answer_json(report.document())
+        return report.exit_code
+    rows = [[m.name, f"{m.cpus:g}", f"{m.gpus:g}", human_bytes(m.memory),
+             "-" if m.object_store is None else human_bytes(m.object_store), str(m.actors)] for m in report.machines]
+    if rows:
+        print(table(["machine", "CPUs", "GPUs", "memory", "object store", "workers"], rows) + "\n")
+    for finding in report.findings:
+        print(f"{finding.level:<7}  {finding.check}: {finding.text}")
+    if report.plan:
+        steps = [[row["step"], row["state"], human_seconds(row["seconds"]), human_bytes(row["memory"])]
+                 for row in report.plan["steps"]]
+        steps.append(["in all", "", human_seconds(report.plan["total"]["seconds"]), ""])
+        print("\n" + table(["step", "state", "time", "memory of a worker"], steps))
+    return report.exit_code
 
 
 def _server(address: str | None) -> Any:

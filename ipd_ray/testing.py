@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ipd_ray.distill.fit import DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import probe
 
 
 def square(value: int, seconds: float = 0.0) -> int:
@@ -60,6 +62,13 @@ def die_unless(marker: str) -> None:
     except FileExistsError:
         return
     die()
+
+
+def probe_where_writable(uri: str) -> None:
+    """Probe a folder, as if it could be read only where IPD_RAY_TEST_READ_ONLY is set."""
+    if os.environ.get("IPD_RAY_TEST_READ_ONLY"):
+        raise PermissionError(errno.EACCES, "Permission denied", uri)
+    probe(uri)
 
 
 def write_pid(path: str, seconds: float) -> None:

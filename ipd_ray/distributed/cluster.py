@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,17 +36,29 @@ def connect(address: str | None, *, dashboard: bool = False) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is None:
         # "local": without it a stale cluster that Ray remembers would be joined.
-        ray.init(address="local", include_dashboard=dashboard, **quiet)
+        with _sigterm_kept():
+            ray.init(address="local", include_dashboard=dashboard, **quiet)
         return True
     try:
         knock(address)
-        ray.init(address=address, **quiet)
+        with _sigterm_kept():
+            ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"runtime.address={address!r}: no Ray cluster can be joined there ({first_line(error)}): start one with "
             "`ray start --head`, or leave runtime.address out for a cluster of this machine."
         ) from error
     return True
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep a handler of SIGTERM: ray.init puts its own in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before):
+        with suppress(ValueError):  # not the main thread: Ray has left it alone, too
+            signal.signal(signal.SIGTERM, before)
 
 
 def knock(address: str) -> None:

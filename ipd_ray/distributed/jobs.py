@@ -90,7 +90,7 @@ def _whole(requirement: Requirement) -> bool:
 LEFT_FOLDERS = (".git", ".hg", ".svn", "__pycache__", "node_modules", ".venv", "venv", "wandb")
 LEFT_FILES = (
     "*.hdf5", "*.h5", "*.npz", "*.npy", "*.parquet", "*.arrow", "*.safetensors",  # logs and weights
-    ".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*",  # credentials
+    ".git", ".env", ".env.*", ".netrc", "*.pem", "*.key", "id_rsa*", "id_ed25519*",  # a work tree's link, credentials
 )
 
 
@@ -284,12 +284,12 @@ class JobServer:
                 "http://HOST:8265: `ray start --head` prints it."
             )
         self.address = address.rstrip("/")
-        os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # Ray prefers RAY_ADDRESS to what it is called with
         for name in ("job.sdk", "dashboard_sdk"):
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with self._asking():
             knock(f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}")
-            self._client = JobSubmissionClient(self.address, headers=_authorisation())
+            with _variable("RAY_API_SERVER_ADDRESS", self.address):  # Ray prefers RAY_ADDRESS to what it is called with
+                self._client = JobSubmissionClient(self.address, headers=_authorisation())
 
     @property
     def ray_version(self) -> str:
@@ -426,6 +426,20 @@ class JobServer:
             "running cluster; `ray start --head --dashboard-host=0.0.0.0` starts one (with ray[default] installed), "
             "`ssh -L 8265:localhost:8265 HEAD` or `kubectl port-forward` reaches one."
         )
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _authorisation() -> dict[str, str]:

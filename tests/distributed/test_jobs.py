@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
@@ -55,7 +56,8 @@ def test_data_runs_environments_and_credentials_stay_here(tmp_path: Path) -> Non
     touch(
         tmp_path, *kept, "logs/walk-v0/data/main_data.hdf5", "logs/walk-v0/data/metadata.json", "log.npz", ".env",
         "runs/mine/run.json", "runs/mine/policy/x.json", "runs/store/values/0a/artifact.json",
-        "runs/store/data/log.json", "env39/pyvenv.cfg", "env39/lib/x.py", ".git/config", "big/table.csv", "src/__pycache__/x.pyc",
+        "runs/store/data/log.json", "env39/pyvenv.cfg", "env39/lib/x.py", ".git/config", "big/table.csv",
+        "src/__pycache__/x.pyc",
     )
     parcel = jobs.Parcel.of(tmp_path, exclude=["big"])
     assert [str(path) for path in parcel.files] == sorted(kept)
@@ -235,8 +237,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
                "dashboard-agent-grpc-port", "metrics-export-port", "runtime-env-agent-port"]
     ports = dict(zip(options, free_ports(len(options)), strict=True))
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(broken),
-            "MINARI_DATASETS_PATH": str(shared / "minari"), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    env |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
+            "PYTHONPATH": str(broken), "MINARI_DATASETS_PATH": str(shared / "minari"),
+            "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     with tempfile.TemporaryDirectory(prefix="ipd-", dir="/tmp", ignore_cleanup_errors=True) as ray:  # a short path
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--dashboard-host=127.0.0.1",
@@ -260,27 +263,43 @@ def files_with(text: str, *folders: Path) -> list[str]:
     return found.stdout.split()
 
 
-@pytest.mark.ray
-def test_submitted_run_finishes_with_credentials_that_are_stored_nowhere(head: Head) -> None:
+def handed_over(head: Head, name: str, *words: str) -> tuple[dict[str, Any], str, set[str]]:
+    """Submit a command with a secret; return what was printed, what was said, and the processes that knew the secret.
+
+    Checks that nothing but these processes ever held it.
+    """
+    marks = head.shared / "marks" / name
+    marks.mkdir(parents=True)
     out, said = head.call(
-        "submit", "--no-pins", "--env", "MY_SECRET", "--env", "MY_MARKS", "--submission-id", "mine", "--json", "--",
-        "run", LOG, *SETTINGS, "choose.episodes=0", "evaluate.environment=my_env:make",
-        "--run-dir", str(head.shared / "runs" / "mine"),
-        MY_SECRET=SECRET, MY_MARKS=str(head.shared / "marks"),
+        "submit", "--no-pins", "--env", "MY_SECRET", "--env", "MY_MARKS", "--submission-id", name, "--json", "--",
+        *words, *SETTINGS, "evaluate.environment=my_env:make", "--run-dir", str(head.shared / "runs" / name),
+        MY_SECRET=SECRET, MY_MARKS=str(marks),
     )
-    sent = json.loads(out)
-    assert sent["submission_id"] == "mine" and sent["env"] == ["MY_MARKS", "MY_SECRET"]
-    assert sent["entrypoint"].endswith("runtime.engine=ray runtime.address=auto")
-    assert "distill" in said and "mine: SUCCEEDED" in said
-    summary = json.loads((head.shared / "runs" / "mine" / "summary.json").read_text())
-    assert summary["policy"]["episodes"] == 2
-    marks = [mark.name.split("-") for mark in (head.shared / "marks").iterdir()]
-    assert {digest for _, digest in marks} == {hashlib.sha256(SECRET.encode()).hexdigest()}
-    assert len({process for process, _ in marks}) >= 2  # the driver and a worker
-    shown = head.call("jobs", "status", "mine")[0] + head.call("jobs", "ls", "--json")[0]
-    assert "SUCCEEDED" in shown and SECRET not in shown + out + said + head.call("jobs", "logs", "mine")[0]
+    shown = head.call("jobs", "status", name)[0] + head.call("jobs", "ls", "--json")[0]
+    assert "SUCCEEDED" in shown and SECRET not in shown + out + said + head.call("jobs", "logs", name)[0]
     assert files_with("evaluate.environment=my_env:make", head.ray)  # what looks for it, finds
     assert files_with(SECRET, head.ray, head.shared, head.place) == []
+    found = [mark.name.split("-") for mark in marks.iterdir()]
+    assert {digest for _, digest in found} == {hashlib.sha256(SECRET.encode()).hexdigest()}
+    return json.loads(out), said, {process for process, _ in found}
+
+
+@pytest.mark.ray
+def test_submitted_step_finishes_with_credentials_that_are_stored_nowhere(head: Head) -> None:
+    sent, said, _ = handed_over(head, "values", "values", LOG)
+    assert sent["submission_id"] == "values" and sent["env"] == ["MY_MARKS", "MY_SECRET"]
+    assert sent["entrypoint"].endswith("runtime.engine=ray runtime.address=auto")
+    assert "values" in said and "values: SUCCEEDED" in said
+    assert list((head.shared / "runs" / "store" / "values").glob("*/artifact.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_submitted_run_finishes_and_its_workers_have_the_credentials(head: Head) -> None:
+    _, said, processes = handed_over(head, "whole", "run", LOG, "choose.episodes=0")
+    assert "whole: SUCCEEDED" in said and len(processes) >= 2  # the driver and the worker that evaluates
+    summary = json.loads((head.shared / "runs" / "whole" / "summary.json").read_text())
+    assert summary["policy"]["episodes"] == 2
 
 
 @pytest.mark.ray
