@@ -111,6 +111,9 @@ class Engine(Protocol):
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         """Carry out step 5."""
 
+    def require_storage(self, places: Sequence[str]) -> None:
+        """Raise UserError naming the machine that cannot read and write one of these paths or URIs."""
+
     def close(self) -> None:
         """Let go of workers."""
 
@@ -136,6 +139,9 @@ class LocalEngine:
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         self.run_steps([distill_task(job)], tick)
+
+    def require_storage(self, places: Sequence[str]) -> None:
+        """Its only machine has been looked at."""
 
     def close(self) -> None:
         self._pool.close()
