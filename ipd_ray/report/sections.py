@@ -17,7 +17,10 @@ from ipd_ray.report.markup import escape, panel, panels_of, percent, remark
 from ipd_ray.report.source import VARIANTS, View, number, readable
 
 NO_FILM = "No film:"
-_NOT_LEARNT = ("step", "total", "time", "part", "updates_per_second", "imagined_steps_per_second", "episodes_ended")
+_NOT_LEARNT = (
+    "step", "total", "time", "part", "updates_per_second", "imagined_steps_per_second", "accept_rate", "actors",
+    "episodes_ended",
+)
 _KINDS = {"spread": "U (spread)", "primal": "U (primal)", "dual": "U (dual)"}
 
 
