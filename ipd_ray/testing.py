@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def trivial_shard(work: str, shard: int) -> dict[str, Any]:
     entry = read_entry(Path(work), shard)
     assert entry is not None  # written just now
     return entry
+
+
+def timed(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    """Call a function in the worker; return its result with the seconds it took there."""
+    begun = time.perf_counter()
+    result = function(**arguments)
+    return {**result, "worker_seconds": time.perf_counter() - begun}
 
 
 def meet(mine: str, other: str, seconds: float = 60.0) -> None:

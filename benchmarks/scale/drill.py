@@ -133,7 +133,7 @@ def reference(root: Path, until: str, settings: Sequence[str] = SETTINGS) -> Run
     run = Run(root / f"undisturbed-{until}", until, settings)
     if not (run.folder / "runs" / "mine" / "summary.json").exists():
         run.start()
-        _wait(run, lambda: None)
+        wait(run, lambda: None)
     return run
 
 
@@ -153,7 +153,7 @@ def play(nodes: Nodes, run: Run, kills: Sequence[Kill], rng: random.Random) -> l
                              "second": round(time.monotonic() - began, 1)})
 
     run.start()
-    _wait(run, tick)
+    wait(run, tick)
     return done
 
 
@@ -192,7 +192,7 @@ def _strike(what: str, nodes: Nodes, run: Run, rng: random.Random) -> bool:
     return nodes.kill_worker({"actor": ACTOR, "train worker": TRAIN_WORKER}[what], rng)
 
 
-def _wait(run: Run, tick: Callable[[], None]) -> None:
+def wait(run: Run, tick: Callable[[], None]) -> None:
     end = time.monotonic() + LIMIT_SECONDS
     try:
         while (code := run.code()) is None:

@@ -60,8 +60,11 @@ def trivial_tasks(work: Path, shards: int) -> list[Task]:
     return [Task(f"shard {i}", testing.trivial_shard, {"work": str(work), "shard": i}) for i in range(shards)]
 
 
-def planner_tasks(work: Path, shards: int, root: Path) -> list[Task]:
-    """The real step 4 on the demo's log, one start and one step a shard, by models that are learned in seconds."""
+def planner_tasks(
+    work: Path, shards: int, root: Path, *, size: int = 1, length: int = 1,
+    planner: PlannerConfig = PlannerConfig(candidates=8, horizon=2),  # noqa: B008 (frozen)
+) -> list[Task]:
+    """The real step 4 on the demo's log, `size` starts of `length` steps a shard, by models learned in seconds."""
     store, key = Store(root / "store"), "0" * 64
     transitions = load("demo")
     columns = root / "log.safetensors"
@@ -79,13 +82,12 @@ def planner_tasks(work: Path, shards: int, root: Path) -> list[Task]:
     values = path("values", run_values, ValuesConfig(updates=200, width=32))
     model = WorldModelConfig(members=3, elites=2, width=32, layers=2, max_updates=100, eval_every=50)
     world_model = path("world_model", run_world_model, model)
-    imagine, accept = ImagineConfig(length=1, shard_size=1), AcceptConfig(min_length=1)
+    imagine, accept = ImagineConfig(length=length, shard_size=size), AcceptConfig(min_length=1)
     common: dict[str, Any] = {"work": str(work), "place": PLACE, "log": log, "values": values, "imagine": imagine}
-    select = SelectConfig(starts=shards, regret_share=1.0, frontier_share=0.0, episode_cap=1.0)
+    select = SelectConfig(starts=size * shards, regret_share=1.0, frontier_share=0.0, episode_cap=1.0)
     specs = run_select(**common, select=select, seed=0)
-    gate = gate_of(accept, log, values, world_model, uncertainty=imagine.uncertainty, regret_share=1.0, length=1,
-                   device="cpu")
-    planner = PlannerConfig(candidates=8, horizon=2)
+    gate = gate_of(accept, log, values, world_model, uncertainty=imagine.uncertainty, regret_share=1.0,
+                   length=length, device="cpu")
     return [
         Task(f"shard {s.shard}", run_shard,
              {**common, "seed": 0, "world_model": world_model, "planner": planner, "gate": gate, "spec": s})
@@ -98,6 +100,7 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
     times: list[float] = []
     memory: list[float] = []
     cpu: list[float] = []
+    worked: list[float] = []
     progress = ShardProgress(0, len(tasks), engine.crew, Listeners())
     begun = time.monotonic()
 
@@ -107,8 +110,10 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
         if len(times) % max(1, len(tasks) // 20) == 0:
             memory.append(_resident_megabytes())
         cpu.append(time.process_time())
+        worked.append(entry["worker_seconds"])
 
-    failed = engine.map_shards(tasks, done, progress.tick)
+    timed = [Task(t.name, testing.timed, {"function": t.function, **t.arguments}) for t in tasks]
+    failed = engine.map_shards(timed, done, progress.tick)
     assert not failed, failed
     missing = [i for i in range(len(tasks)) if read_entry(work, i) is None]
     assert not missing, missing
@@ -119,6 +124,7 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
     return {
         "shards": len(tasks), "per_second": round(left / (times[-1] - times[since]), 1),
         "driver_milliseconds_a_shard": round(1e3 * (cpu[-1] - cpu[since]) / left, 3),
+        "worker_milliseconds_a_shard": round(1e3 * float(np.mean(worked[since:])), 3),
         "seconds": round(times[-1], 1), "first_shard_after_seconds": round(times[0], 1),
         "second_of_each_shard": [round(t, 2) for t in np.quantile(times, np.linspace(0, 1, 21))],
         "resident_megabytes": memory, "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -127,14 +133,12 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
     }
 
 
-def alone(tasks: list[Task], count: int) -> float:
-    """Seconds a shard takes in this process, without Ray."""
-    for task in tasks[:20]:
-        task.function(**task.arguments)
-    begun = time.monotonic()
-    for task in tasks[20 : 20 + count]:
-        task.function(**task.arguments)
-    return (time.monotonic() - begun) / count
+def call_milliseconds(engine: Engine, calls: int = 600) -> float:
+    """What a call takes one actor beside its work: the way there and back, and the driver's share."""
+    times: list[float] = []
+    tasks = [Task("nothing", testing.square, {"value": i}) for i in range(calls)]
+    engine.map_shards(tasks, lambda *_: times.append(time.monotonic()), lambda: None)
+    return round(1e3 * (times[-1] - times[calls // 3]) / (calls - 1 - calls // 3), 3)
 
 
 def _resident_megabytes() -> float:
@@ -161,15 +165,13 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         tasks = trivial_tasks(work, args.shards) if kind == "trivial" else planner_tasks(work, args.shards, root)
-        worker = alone(tasks, 200)
-        shutil.rmtree(work)
-        work.mkdir()
-        engine = RayEngine(RuntimeConfig(engine="ray", actors=args.actors), "cpu")
+        one, engine = (RayEngine(RuntimeConfig(engine="ray", actors=n), "cpu") for n in (1, args.actors))
         try:
-            found[kind] = {"actors": args.actors, "worker_milliseconds_a_shard": round(1e3 * worker, 3),
+            found[kind] = {"actors": args.actors, "call_milliseconds": call_milliseconds(one),
                            **measure(engine, tasks, work)}
         finally:
             engine.close()
+            one.close()
         write("driver", found, args.out)
         shown = {k: v for k, v in found[kind].items() if k != "second_of_each_shard"}
         print(kind, *(f"  {name}: {value}" for name, value in shown.items()), sep="\n", flush=True)
