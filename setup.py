@@ -34,7 +34,12 @@ setup(
         "tensorboard": ["tensorboard>=2.16"],
         "bench": ["scipy>=1.15"],
         "dev": [
+            # An S3-compatible server on loopback.
+            "flask>=3.0",
+            "flask-cors>=5.0",
+            "moto[s3]>=5.0",
             "import-linter>=2.0",
+            "jsonschema>=4.18",
             "mypy>=1.11",
             "pytest>=8.0",
             "pytest-timeout>=2.3",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ipd_ray.artifacts import Artifact, Lease, Store
+from ipd_ray.artifacts import Artifact, Store
 from ipd_ray.checks import (
     check_config,
     check_data,
@@ -21,19 +21,21 @@ from ipd_ray.checks import (
     remarks,
 )
 from ipd_ray.config import RunConfig, as_yaml, build
-from ipd_ray.data.columns import columns_path, read_columns, write_columns
+from ipd_ray.data.columns import columns_path, fetch_columns, keep_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
-from ipd_ray.data.shards import read_entry
+from ipd_ray.data.shards import read_entries
 from ipd_ray.engine import Engine, LocalEngine
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate, total
 from ipd_ray.files import write_atomic
+from ipd_ray.lease import Lease
 from ipd_ray.listeners import recorders
 from ipd_ray.pipeline import STEPS, Context, copy_policy, run_until, state_of, summarise
 from ipd_ray.progress import Listener, Listeners
-from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, user_file
+from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, register
 from ipd_ray.steps import DistillJob, LogRef, Place
+from ipd_ray.storage import Folder, near
 from ipd_ray.training import cores
 
 
@@ -66,7 +68,7 @@ def run(
     try:
         _check_before_loading(config, folder, store, until)
         with holding(folder), _tidy(store):
-            context = _prepared(dataset, config, folder, store, until, others, cache=store / "data")
+            context = _prepared(dataset, config, folder, store, until, others, cache=(store / "data").path)
             check_disk(context, until)
             work_left = any(row["state"] != "reused" for row in state_of(context, until))
             engine = make_engine(config, context.device) if work_left else LocalEngine(1)
@@ -79,17 +81,22 @@ def run(
 
 
 def plan(
-    dataset: str, config: RunConfig | None = None, *, run_dir: str | Path | None = None, until: str = "evaluate"
+    dataset: str, config: RunConfig | None = None, *, run_dir: str | Path | None = None, until: str = "evaluate",
+    workers: int | None = None, work: Callable[[Context], Mapping[str, float] | None] | None = None,
 ) -> dict[str, Any]:
-    """Return what `run` would reuse and do, with estimates of time, memory and disk; does nothing of it."""
+    """Return what `run` would reuse and do, with estimates of time, memory and disk; does nothing of it.
+
+    workers: of imagination; as many as the local engine would have where not given. work: seconds of each step on the
+    machine that will do it; this machine is measured where not given.
+    """
     config = config or RunConfig()
     folder = run_folder(dataset, config, run_dir)
     store = store_of(config, folder)
     _check_before_loading(config, folder, store, until)
-    cache = store / "data" if store.exists() else None
+    cache = (store / "data").path if store.exists() else None
     context = _prepared(dataset, config, folder, store, until, Listeners(), cache=cache)
-    workers = processes(config, context.device)
-    rows = estimate(context, until, workers)
+    workers = workers or processes(config, context.device)
+    rows = estimate(context, until, workers, work(context) if work else None)
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
         "total": total(context, rows, workers),
@@ -97,7 +104,7 @@ def plan(
     }
 
 
-def _check_before_loading(config: RunConfig, folder: Path, store: Path, until: str) -> None:
+def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, until: str) -> None:
     if until not in STEPS:
         raise UserError(f"until={until!r} must be one of {', '.join(STEPS)}.")
     check_config(config)
@@ -107,7 +114,7 @@ def _check_before_loading(config: RunConfig, folder: Path, store: Path, until: s
 
 
 def _prepared(
-    dataset: str, config: RunConfig, folder: Path, store: Path, until: str, listener: Listener, cache: Path | None
+    dataset: str, config: RunConfig, folder: Folder, store: Folder, until: str, listener: Listener, cache: Path | None
 ) -> Context:
     transitions = load(dataset, cache=cache)
     check_data(config, transitions)
@@ -120,10 +127,10 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
 
     root: folder of datasets; MINARI_DATASETS_PATH where not given. with_log: False writes the segments alone.
     """
-    columns = columns_path(run.store / "data", run.identity["content_hash"])
-    if read_columns(columns) is None:
-        write_columns(columns, load(run.identity["dataset"]))
     job = job_of(run)
+    folder, _, name = job.log.path.rpartition("/")
+    if fetch_columns(Folder.of(folder), name) is None:
+        keep_columns(Folder.of(folder), load(run.identity["dataset"]))
     segments, transitions = job.accepted_segments(), job.log.load().transitions
     return export_minari(transitions, segments, dataset_id, root=root, with_log=with_log), len(segments)
 
@@ -131,7 +138,8 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
 def job_of(run: RunFolder) -> DistillJob:
     """Return a finished run's distillation, which knows its own verdict on its segments. Writes nothing."""
     config = build(run.config)
-    columns = columns_path(run.store / "data", run.identity["content_hash"])
+    data = run.store / "data"
+    columns = data / columns_path(data.path, run.identity["content_hash"]).name
     return DistillJob(
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
         log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
@@ -145,18 +153,18 @@ def job_of(run: RunFolder) -> DistillJob:
 # ---- where
 
 
-def run_folder(dataset: str, config: RunConfig, run_dir: str | Path | None) -> Path:
-    """Return the absolute run folder: the given one, or one named after dataset and seed."""
-    return Path(run_dir or Path("runs") / f"{dataset.replace('/', '_')}-seed{config.seed}").absolute()
+def run_folder(dataset: str, config: RunConfig, run_dir: str | Path | None) -> Folder:
+    """Return the run folder: the given path or URI, or one named after dataset and seed."""
+    return Folder.of(run_dir or f"runs/{dataset.replace('/', '_')}-seed{config.seed}")
 
 
-def store_of(config: RunConfig, folder: Path) -> Path:
-    """Return the absolute folder of the artifacts that runs share."""
-    return Path(config.runtime.store).absolute() if config.runtime.store else folder.parent / "store"
+def store_of(config: RunConfig, folder: Folder) -> Folder:
+    """Return the folder of the artifacts that runs share."""
+    return Folder.of(config.runtime.store) if config.runtime.store else folder.parent / "store"
 
 
 @contextmanager
-def holding(folder: Path) -> Iterator[None]:
+def holding(folder: Folder) -> Iterator[None]:
     """Own the run folder. Raises UserError naming who does, where another process works in it."""
     with _tidy(folder):
         lease = Lease(folder)
@@ -173,9 +181,9 @@ def holding(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _tidy(folder: Path) -> Iterator[None]:
+def _tidy(folder: Folder) -> Iterator[None]:
     """Remove folders that were made on the way to this one and stayed empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     try:
         yield
     finally:
@@ -207,15 +215,18 @@ def processes(config: RunConfig, device: str) -> int:
 class _Begun:
     """A run whose checks are behind it."""
 
-    folder: Path
+    folder: Folder
     context: Context
     until: str
 
     def carry_out(self, others: Listener) -> dict[str, Any]:
         """Do the steps, keep the run folder's files up to date, return the summary."""
         config, transitions, folder = self.context.config, self.context.transitions, self.folder
+        folder.pull(["run.log"])  # this run writes on
         self._describe()
-        records = recorders(config, folder, transitions.spec.dataset)
+        records = recorders(config, folder.path, transitions.spec.dataset)
+        if folder.remote:
+            records.append(_Sender(folder))
         for row in self._curves():  # what is reused is in the curves as if it had been made now
             for record in records:
                 record.progress(row["part"], row["step"], row["total"], _numbers(row))
@@ -224,7 +235,7 @@ class _Begun:
         try:
             heard.note(
                 f"{transitions.spec.dataset}: {transitions.episodes:,} episodes, {len(transitions):,} steps; seed "
-                f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {_near(folder)}"
+                f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {near(folder)}"
             )
             for remark in remarks(config, transitions):
                 heard.note(f"note: {remark}")
@@ -241,22 +252,25 @@ class _Begun:
             with suppress(OSError):
                 Listeners(records).close()
         with suppress(OSError):
-            write_atomic(folder / CURVES, "".join(json.dumps(row) + "\n" for row in self._curves()))
+            folder.write_text(CURVES, "".join(json.dumps(row) + "\n" for row in self._curves()))
         return summary
 
     def _finish(self, context: Context) -> dict[str, Any]:
         with suppress(FileNotFoundError):  # until is before distill
             copy_policy(context, self.folder)
         summary = {**summarise(context), "run_dir": str(self.folder)}
-        write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomic(self.folder.path / SUMMARY, text)
+        self.folder.push([SUMMARY])
         try:
             from ipd_ray.report import build_report
 
-            build_report([self.folder], self.folder / "report.html")
+            build_report([self.folder], self.folder.path / "report.html")
+            self.folder.push(["report.html"])
         except Exception as error:  # a report is looked at; the run is what took the time
             context.listener.note(
                 f"the report could not be made ({type(error).__name__}: {error}); the run is whole, `ipd-ray report "
-                f"{_near(self.folder)}` tries again."
+                f"{near(self.folder)}` tries again."
             )
         return summary
 
@@ -264,16 +278,16 @@ class _Begun:
         """Write what the run is, before it works."""
         config, transitions, store = self.context.config, self.context.transitions, self.context.store
         folder = self.folder
-        write_atomic(folder / "config.yaml", as_yaml(config))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder.path / "config.yaml", as_yaml(config))
+        folder.push(["config.yaml"])
         identity = {
             "schema": SCHEMA, "dataset": transitions.spec.dataset, "content_hash": transitions.content_hash,
             "seed": config.seed, "store": str(store.root),
         }
-        write_atomic(folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
-        user = user_file(store.root, folder)
-        user.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(user, json.dumps({"run": str(folder)}) + "\n")
-        (folder / SUMMARY).unlink(missing_ok=True)  # of another config, or of less; written again at the end
+        folder.write_text(IDENTITY, json.dumps(identity, indent=1) + "\n")
+        register(store.root, folder)
+        folder.remove_file(SUMMARY)  # of another config, or of less; written again at the end
         self._links()
 
     def _links(self) -> None:
@@ -282,9 +296,8 @@ class _Begun:
         links = {}
         for part in self.context.parts.until("evaluate"):
             if part.name in wanted or store.find(part.step, part.key):
-                path = store.partial(part.step, part.key)
-                links[part.name] = {"key": part.key, "path": str(path.with_name(path.name.removesuffix(".partial")))}
-        write_atomic(self.folder / LINKS, json.dumps(links, indent=1) + "\n")
+                links[part.name] = {"key": part.key, "path": str(store.folder(part.step, part.key))}
+        self.folder.write_text(LINKS, json.dumps(links, indent=1) + "\n")
 
     def _curves(self) -> Iterator[dict[str, Any]]:
         """All learning curves of what is finished, in the order of the method."""
@@ -296,21 +309,32 @@ class _Begun:
 
 
 def _curve(artifact: Artifact) -> Iterator[dict[str, Any]]:
-    if (artifact.path / "metrics.jsonl").exists():
+    shards = int(artifact.diagnostics.get("shards", 0))
+    if not shards:
         yield from artifact.curve()
         return
-    shards = int(artifact.diagnostics.get("shards", 0))
-    for shard in range(shards):
-        if entry := read_entry(artifact.path, shard):
-            yield {"step": shard + 1, "total": shards, "reward_gain": entry["reward_gain"]}
+    for shard, entry in sorted(read_entries(artifact.folder).items()):
+        yield {"step": shard + 1, "total": shards, "reward_gain": entry["reward_gain"]}
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if name not in ("part", "step", "total")}
 
 
-def _near(path: Path) -> str:
-    """The path as a user would type it."""
-    with suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
+class _Sender:
+    """Sends log and curves of a run to its object store whenever a step is over, and at the end."""
+
+    def __init__(self, folder: Folder):
+        self._folder = folder
+
+    def note(self, text: str) -> None:
+        return
+
+    def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        return
+
+    def end(self, step: str, seconds: float, reused: bool) -> None:
+        self._folder.push(["run.log", CURVES])
+
+    def close(self) -> None:
+        self._folder.push(["run.log", CURVES])

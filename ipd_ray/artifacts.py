@@ -1,24 +1,21 @@
 """What a step leaves behind, and the store that finds it again by key.
 
 An artifact is a folder `<store>/<step>/<key>/` with `artifact.json` (schema, key, digest, diagnostics), tensors as
-safetensors and the learning curve as `metrics.jsonl`. While it is being made the folder is called `<key>.partial` and
-is owned through a lease; one rename makes it an artifact. No format here is a pickle.
+safetensors and the learning curve as `metrics.jsonl`. While it is being made the folder is owned through a lease;
+`artifact.json`, written last, makes it an artifact. No format here is a pickle.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform as platform_module
-import shutil
-import socket
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +28,13 @@ from torch import Tensor
 from ipd_ray.data.transitions import digest as array_digest
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
+from ipd_ray.lease import Lease
+from ipd_ray.storage import ARTIFACT, Folder
 
 SCHEMA = 1
 """Version of the folder layout above; an artifact of another is refused with the remedy."""
-CHECKPOINT = "checkpoint.safetensors"
+RESULT, TENSORS, METRICS, CHECKPOINT = "result.json", "tensors.safetensors", "metrics.jsonl", "checkpoint.safetensors"
+"""In a work folder: what the step says of its result, the result, its learning curve, where it goes on after a kill."""
 SNAPSHOT = "snapshot-"
 """What the names of tensors that were kept on the way begin with."""
 
@@ -106,29 +106,36 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class Workspace:
-    """The folder that one step works in: metrics, checkpoints, and at the end the artifact."""
+    """The folder that one step works in: metrics, checkpoints, and at the end the result."""
 
-    def __init__(self, path: Path, checkpoint_seconds: float = 30.0):
-        self.path = path
+    PUSH_SECONDS = 2.0
+    """How often the learning curve is sent to an object store."""
+
+    def __init__(self, place: str | Path | Folder, checkpoint_seconds: float = 30.0):
+        self.folder = Folder.of(place)
+        self.path = self.folder.path
         self._checkpoint_seconds = checkpoint_seconds
-        self._began = self._saved = time.monotonic()
+        self._began = self._saved = self._pushed = time.monotonic()
         self._spent = 0.0  # seconds before the last resume
-        path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and metadata of the last checkpoint; metrics logged after it are dropped."""
+        self.folder.pull([CHECKPOINT])
         restored = load_checkpoint(self.path)
         self.rewind(restored[1] if restored else {})
         return restored
 
     def rewind(self, meta: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's metadata: drop the metrics logged after it, count the time from there."""
-        metrics = self.path / "metrics.jsonl"
+        self.folder.pull([METRICS])
+        metrics = self.path / METRICS
         kept = [row for row in read_jsonl(metrics) if row["step"] <= meta.get("step", 0)]
         if kept:
             write_atomic(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            self.folder.push([METRICS])
         else:
-            metrics.unlink(missing_ok=True)
+            self.folder.remove_file(METRICS)
         self._spent = float(meta.get("seconds", 0.0))
 
     def due(self) -> bool:
@@ -138,6 +145,7 @@ class Workspace:
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
         """Replace the checkpoint. Raises FloatingPointError rather than save a non-finite value."""
         self.write_checkpoint(self.path, step, tensors, meta)
+        self.folder.push([name for name in (METRICS, CHECKPOINT) if (self.path / name).exists()])
 
     def write_checkpoint(
         self, folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None
@@ -161,24 +169,32 @@ class Workspace:
                 f"{self.path.parent.name}: {', '.join(bad)} not finite at step {step}: lower the learning rate of this "
                 "step, or look for outliers in the data with `ipd-ray data show`."
             )
-        with (self.path / "metrics.jsonl").open("a") as file:
+        with (self.path / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if time.monotonic() - self._pushed >= self.PUSH_SECONDS:
+            self._pushed = time.monotonic()
+            self.folder.push([METRICS])
 
     def keep(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep tensors of an update on the way in the artifact; `Artifact.snapshots` finds them."""
         require_finite(tensors, f"the snapshot of step {step}")
-        save_tensors(self.path / f"{SNAPSHOT}{step:09d}.safetensors", tensors, {"step": step})
+        name = f"{SNAPSHOT}{step:09d}.safetensors"
+        save_tensors(self.path / name, tensors, {"step": step})
+        self.folder.push([name])
 
     def finish(self, tensors: Mapping[str, Tensor], diagnostics: Mapping[str, Any], **described: Any) -> None:
-        """Write the result; the store's rename is what makes it an artifact."""
+        """Write the result; the store's `commit` is what makes it an artifact."""
         require_finite(tensors, "the result")
-        save_tensors(self.path / "tensors.safetensors", tensors)
+        save_tensors(self.path / TENSORS, tensors)
+        self.folder.push([TENSORS])
         self.describe(tensor_digest(tensors), diagnostics, **described)
 
     def describe(self, content_digest: str, diagnostics: Mapping[str, Any], **described: Any) -> None:
-        """Write the part of artifact.json that the step knows."""
+        """Say that the result is whole: what the step knows of its artifact.json."""
+        if (self.path / METRICS).exists():
+            self.folder.push([METRICS])
         content = {"digest": content_digest, "diagnostics": dict(diagnostics), "seconds": self.seconds, **described}
-        write_atomic(self.path / "artifact.json", json.dumps(content, indent=1))
+        self.folder.write_text(RESULT, json.dumps(content, indent=1))
 
 
 def require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
@@ -222,22 +238,54 @@ def stripped(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
 
 
-@dataclass(frozen=True)
 class Artifact:
     """A finished step's folder."""
 
-    path: Path
+    def __init__(self, place: str | Path | Folder):
+        self.folder = Folder.of(place)
+        self._current = not self.folder.remote
+
+    @property
+    def path(self) -> Path:
+        """Where its files are on this machine, as far as they were asked for."""
+        return self.folder.path
+
+    def pull(self, names: Sequence[str]) -> None:
+        """Have these files on this machine. Once a machine: those of the same artifact are not fetched again."""
+        if not self.folder.remote:
+            return
+        with self.folder.locked():
+            if not self._current:
+                self._renew()
+            self.folder.pull([name for name in names if not (self.path / name).exists()])
+
+    def pull_all(self) -> None:
+        """Have all its files on this machine."""
+        self.pull(sorted(self.folder.sizes()) if self.folder.remote else ())
+
+    def _renew(self) -> None:
+        """Drop what the mirror holds of an artifact that was made anew since."""
+        text = self.folder.read_text(ARTIFACT)
+        mirrored = self.path / ARTIFACT
+        if text is not None and (not mirrored.exists() or mirrored.read_text() != text):
+            for name in (p for p in self.path.iterdir() if p.is_file() and p.name != ".lock"):
+                name.unlink()
+            write_atomic(mirrored, text)
+        self._current = True
 
     @property
     def described(self) -> dict[str, Any]:
-        """Content of artifact.json. Raises UserError for an unknown schema."""
-        content = json.loads((self.path / "artifact.json").read_text())
+        """Content of artifact.json. Raises FileNotFoundError, or UserError for an unknown schema."""
+        text = self.folder.read_text(ARTIFACT)
+        if text is None:
+            raise FileNotFoundError(errno.ENOENT, "no artifact", f"{self.folder}/{ARTIFACT}")
+        content = json.loads(text)
         if content.get("schema") != SCHEMA:
             raise UserError(
-                f"{self.path} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: remove the "
-                "folder to have it made again, or install the version that wrote it."
+                f"{self.folder} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: remove "
+                "the folder to have it made again, or install the version that wrote it."
             )
-        return content
+        return dict(content)
 
     @property
     def digest(self) -> str:
@@ -253,170 +301,65 @@ class Artifact:
 
     def tensors(self, device: str = "cpu", verify: bool = False) -> dict[str, Tensor]:
         """Return the tensors; `verify` compares them with the digest."""
+        self.pull([TENSORS])
         try:
-            tensors, _ = load_tensors(self.path / "tensors.safetensors", device)
+            tensors, _ = load_tensors(self.path / TENSORS, device)
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"{self.path}: tensors.safetensors cannot be read ({error}): remove the folder and run again."
+                f"{self.folder}: {TENSORS} cannot be read ({error}): remove the folder and run again."
             ) from error
         if verify and tensor_digest(tensors) != self.digest:
-            raise UserError(f"{self.path}: the tensors do not match their digest: remove the folder and run again.")
+            raise UserError(f"{self.folder}: the tensors do not match their digest: remove the folder and run again.")
         return tensors
 
     def snapshots(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yield (update, tensors) of what was kept on the way, in order."""
-        for path in sorted(self.path.glob(f"{SNAPSHOT}*.safetensors")):
-            tensors, meta = load_tensors(path)
+        names = sorted(name for name in self.folder.sizes() if name.startswith(SNAPSHOT))
+        self.pull(names)
+        for name in names:
+            tensors, meta = load_tensors(self.path / name)
             yield int(meta["step"]), tensors
 
     def curve(self) -> list[dict[str, Any]]:
         """Return the learning curve."""
-        return read_jsonl(self.path / "metrics.jsonl")
-
-
-class Lease:
-    """Ownership of a folder: a file with host, process and token, renewed while held.
-
-    Free when older than EXPIRES, or at once when its process is dead on this host.
-    """
-
-    RENEW = 10.0
-    EXPIRES = 60.0
-
-    def __init__(self, folder: Path):
-        self._file = folder / "lease.json"
-        self._token = uuid.uuid4().hex
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def acquire(self) -> dict[str, Any] | None:
-        """Take the lease; return None, or who holds it."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._create()
-        except FileExistsError:
-            owner = self._read()
-            if owner is not None and not self._free(owner):
-                return owner
-            write_atomic(self._file, self._content())
-            time.sleep(0.05)  # two that find it free at once: the later write wins, the other sees it here
-            owner = self._read()
-            if owner is None or owner["token"] != self._token:
-                return owner or {}
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
-        return None
-
-    def release(self) -> None:
-        """Give the lease back."""
-        self._stop.set()
-        if self._thread:
-            self._thread.join()
-        owner = self._read()
-        if owner and owner["token"] == self._token:
-            self._file.unlink(missing_ok=True)
-
-    def _create(self) -> None:
-        """Make the file, whole at once. Raises FileExistsError."""
-        temporary = self._file.with_name(f".lease.{self._token}")
-        try:
-            temporary.write_text(self._content())
-            os.link(temporary, self._file)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _content(self) -> str:
-        return json.dumps(
-            {
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "born": _born(os.getpid()),
-                "token": self._token,
-                "time": time.time(),
-            }
-        )
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return dict(json.loads(self._file.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
-
-    def _free(self, owner: Mapping[str, Any]) -> bool:
-        if time.time() - float(owner["time"]) > self.EXPIRES:
-            return True
-        return owner["host"] == socket.gethostname() and _born(int(owner["pid"])) != owner["born"]
-
-    def _renew(self) -> None:
-        while not self._stop.wait(self.RENEW):
-            owner = self._read()
-            if owner is None or owner["token"] != self._token:
-                return  # taken over after a long stall: what we write stays valid, keys make it the same
-            try:
-                write_atomic(self._file, self._content())
-            except OSError:
-                continue
-
-
-def _born(pid: int) -> str:
-    """Return when a process of this host began, in the kernel's ticks; empty where it does not run or is not known."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        fields = stat.rpartition(")")[2].split()
-        return "" if fields[0] == "Z" else fields[19]
-    except (OSError, IndexError):
-        pass
-    if Path("/proc").exists():
-        return ""
-    try:
-        os.kill(pid, 0)
-        return "alive"
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        return "alive"
+        self.pull([METRICS])
+        return read_jsonl(self.path / METRICS)
 
 
 class Store:
     """Artifacts by step and key, shared by runs and by trials of a sweep."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: str | Path | Folder):
+        self.root = Folder.of(root)
 
-    def _folder(self, step: str, key: str) -> Path:
+    def folder(self, step: str, key: str) -> Folder:
+        """Return the folder in which a key is worked on, and where its artifact lies."""
         return self.root / step / key[:24]
 
     def find(self, step: str, key: str) -> Artifact | None:
         """Return the finished artifact of a key, if there is one."""
-        artifact = Artifact(self._folder(step, key))
-        return artifact if (artifact.path / "artifact.json").exists() else None
-
-    def partial(self, step: str, key: str) -> Path:
-        """Return the folder in which a key is worked on."""
-        folder = self._folder(step, key)
-        return folder.with_name(folder.name + ".partial")
+        folder = self.folder(step, key)
+        return Artifact(folder) if folder.exists(ARTIFACT) else None
 
     @contextmanager
-    def claim(self, wanted: Mapping[str, str], waiting: Any = None) -> Iterator[dict[str, Path]]:
+    def claim(self, wanted: Mapping[str, str], waiting: Any = None) -> Iterator[dict[str, Folder]]:
         """Own the work folders of the {step: key} that are not done yet, and yield them; wait for who owns one.
 
         waiting: called with (step, owner) once for each that is waited for.
         """
         with ExitStack() as stack:
-            folders: dict[str, Path] = {}
+            folders: dict[str, Folder] = {}
             for step, key in sorted(wanted.items()):  # one order for all: no two can wait for each other
-                told = False
+                folder, told = self.folder(step, key), False
                 while self.find(step, key) is None:
-                    lease = Lease(self.partial(step, key))
+                    lease = Lease(folder)
                     owner = lease.acquire()
                     if owner is None:
                         if self.find(step, key) is not None:
                             lease.release()
-                            with suppress(OSError):  # what asking for the lease made
-                                self.partial(step, key).rmdir()
                             break
                         stack.callback(lease.release)
-                        folders[step] = self.partial(step, key)
+                        folders[step] = folder
                         break
                     if waiting and not told:
                         waiting(step, owner)
@@ -426,8 +369,10 @@ class Store:
 
     def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any]) -> Artifact:
         """Turn a finished work folder into the artifact of its key; `parts` says what the key was made of."""
-        partial, folder = self.partial(step, key), self._folder(step, key)
-        described = json.loads((partial / "artifact.json").read_text())
+        folder = self.folder(step, key)
+        result = folder.read_text(RESULT)
+        if result is None:
+            raise FileNotFoundError(errno.ENOENT, "the step left no result", f"{folder}/{RESULT}")
         content = {
             "schema": SCHEMA,
             "step": step,
@@ -435,18 +380,9 @@ class Store:
             "key": key,
             "parts": dict(parts),
             "platform": numeric_platform(),
-            **described,
+            **json.loads(result),
         }
-        write_atomic(partial / "artifact.json", json.dumps(content, indent=1))
-        (partial / CHECKPOINT).unlink(missing_ok=True)
-        if folder.exists():  # a folder without artifact.json: leftovers of a hand's work
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        (folder / "lease.json").unlink(missing_ok=True)
+        folder.write_text(ARTIFACT, json.dumps(content, indent=1))
+        for name in (CHECKPOINT, RESULT):
+            folder.remove_file(name)
         return Artifact(folder)
-
-    def ls(self) -> Iterator[Artifact]:
-        """Yield every finished artifact."""
-        for path in sorted(self.root.glob("*/*/artifact.json")):
-            if not path.parent.name.endswith(".partial"):
-                yield Artifact(path.parent)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,10 @@ from ipd_ray.data.transitions import Spec, Transitions, prepare
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate_disk
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import IDENTITY, RunFolder, human_bytes
+from ipd_ray.storage import Folder, probe
 from ipd_ray.world_model.termination import resolve
 
 NO_SPEC = Spec("", {}, [], [], [], "")
@@ -27,6 +27,25 @@ NO_SPEC = Spec("", {}, [], [], [], "")
 
 def check_config(config: RunConfig) -> None:
     """Raise UserError for what no dataset could mend: values that contradict each other, things that cannot be had."""
+    check_contradictions(config)
+    runtime = config.runtime
+    check_device(runtime.device)
+    resolve(config.world_model.termination)
+    if config.evaluate.environment:
+        environment_maker(NO_SPEC, config.evaluate.environment)
+    if runtime.engine == "ray":
+        ray_engine()
+    if runtime.wandb != "off":
+        _importable("wandb", f"runtime.wandb={runtime.wandb}", "`pip install wandb`, or set runtime.wandb=off")
+    if runtime.tensorboard:
+        _importable(
+            "tensorboard", "runtime.tensorboard=true",
+            "`pip install ipd_ray[tensorboard]`, or set runtime.tensorboard=false",
+        )
+
+
+def check_contradictions(config: RunConfig) -> None:
+    """Raise UserError for values that contradict each other, whatever the machine."""
     policy, distill, runtime = config.policy, config.distill, config.runtime
     if policy.context > policy.max_timestep:
         raise UserError(
@@ -43,19 +62,6 @@ def check_config(config: RunConfig) -> None:
             f"runtime.address={runtime.address!r} names a Ray cluster, but runtime.engine=local: set "
             "runtime.engine=ray, or leave runtime.address out."
         )
-    check_device(runtime.device)
-    resolve(config.world_model.termination)
-    if config.evaluate.environment:
-        environment_maker(NO_SPEC, config.evaluate.environment)
-    if runtime.engine == "ray":
-        ray_engine()
-    if runtime.wandb != "off":
-        _importable("wandb", f"runtime.wandb={runtime.wandb}", "`pip install wandb`, or set runtime.wandb=off")
-    if runtime.tensorboard:
-        _importable(
-            "tensorboard", "runtime.tensorboard=true",
-            "`pip install ipd_ray[tensorboard]`, or set runtime.tensorboard=false",
-        )
 
 
 def check_device(name: str) -> None:
@@ -71,14 +77,19 @@ def check_device(name: str) -> None:
 
 def ray_engine() -> Any:
     """Return the class RayEngine. Raises UserError where ray is not installed."""
+    return ray_part("engine", "runtime.engine=ray", "set runtime.engine=local, which needs none").RayEngine
+
+
+def ray_part(name: str, wanted_by: str, otherwise: str = "") -> Any:
+    """Return a module of ipd_ray.distributed. Raises UserError where ray is not installed."""
     try:
-        return importlib.import_module("ipd_ray.distributed.engine").RayEngine
+        return importlib.import_module(f"ipd_ray.distributed.{name}")
     except ImportError as error:
-        if (error.name or "").split(".")[0] != "ray":
+        if (error.name or "").split(".")[0] not in ("ray", "aiohttp"):
             raise
         raise UserError(
-            f"runtime.engine=ray, but ray cannot be imported ({error}): `pip install ipd_ray` brings it, or set "
-            "runtime.engine=local, which needs none."
+            f"{wanted_by}, but ray cannot be imported ({error}): `pip install ipd_ray` brings it"
+            f"{', or ' * bool(otherwise)}{otherwise}."
         ) from None
 
 
@@ -89,38 +100,40 @@ def _importable(module: str, field: str, remedy: str) -> None:
         raise UserError(f"{field} needs {module}, which cannot be imported ({error}): {remedy}.") from None
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Folder) -> None:
     """Raise UserError where the run folder cannot be written, or holds something else."""
-    if folder.exists() and not folder.is_dir():
+    if not folder.remote and folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"run folder {folder} is a file: give another --run-dir.")
+    check_writable(folder)
     run = RunFolder(folder)
     if run.exists:
         _ = run.identity  # refuses an unknown schema
-    elif folder.exists() and any(not _ours(path) for path in folder.iterdir()):
+    elif any(not _ours(name) for name in folder.sizes()):
         raise UserError(
             f"run folder {folder} holds other things and no {IDENTITY}: give a --run-dir that is new, or empty, or "
             "a run's."
         )
-    check_writable(folder)
 
 
-def _ours(path: Path) -> bool:
+def _ours(name: str) -> bool:
     """Whether a run that was stopped at its very beginning may have left this."""
-    return path.name == "lease.json" or path.name.startswith(".")
+    return name == Lease.FILE or name.startswith(".")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Folder) -> None:
     """Raise UserError where nothing can be written to a folder; it is made if need be."""
-    probe = folder / f".write-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("?")
-        probe.unlink()
+        probe(folder.uri)
     except OSError as error:
+        if folder.remote:
+            raise UserError(
+                f"{folder} cannot be written ({_first_line(error)}): does the bucket exist, and do the environment's "
+                "credentials (such as AWS_ACCESS_KEY_ID) or this machine's role let you write there?"
+            ) from error
         raise UserError(explain_os_error(error) or f"{folder} cannot be written ({error}).") from error
 
 
-def check_identity(folder: Path, transitions: Transitions) -> None:
+def check_identity(folder: Folder, transitions: Transitions) -> None:
     """Raise UserError for a run folder of another dataset."""
     run = RunFolder(folder)
     if not run.exists:
@@ -170,7 +183,9 @@ def check_environment(name: str, transitions: Transitions) -> None:
 def check_disk(context: Context, until: str) -> None:
     """Raise UserError where the disk of the store is too full for what the run will write."""
     root = context.store.root
-    need, free = estimate_disk(context, until), shutil.disk_usage(root).free
+    if root.remote:  # no store of its kind is ever full
+        return
+    need, free = estimate_disk(context, until), shutil.disk_usage(root.path).free
     if free < need:
         raise UserError(
             f"the store {root} needs about {human_bytes(need)} more, the disk has {human_bytes(free)} left: free some "
@@ -217,3 +232,7 @@ def explain_os_error(error: OSError) -> str | None:
     if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EEXIST) and error.filename:
         return f"{what} cannot be written ({error.strerror}): choose another --run-dir or runtime.store."
     return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+
+from ipd_ray.text import answer as _print
+from ipd_ray.text import answer_json as _print_json
+from ipd_ray.text import say as _say
+from ipd_ray.text import table as _table
 
 if TYPE_CHECKING:
     from ipd_ray.config import RunConfig
@@ -36,6 +41,8 @@ store_app = typer.Typer(no_args_is_help=True, help="The artifacts that runs shar
 app.add_typer(data_app, name="data")
 app.add_typer(runs_app, name="runs")
 app.add_typer(store_app, name="store")
+jobs_app = typer.Typer(no_args_is_help=True, help="List, follow and stop what was submitted to a Ray cluster.")
+app.add_typer(jobs_app, name="jobs")
 
 
 # ---- errors and exit codes
@@ -59,13 +66,17 @@ def answers(command: F) -> F:
             signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return command(*args, **kwargs)
-        except (KeyboardInterrupt, Terminated) as error:
-            _say(
-                "\nStopped. What is finished is kept; the same command goes on from there:\n  "
-                f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
-            )
-            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
-        except Exception as error:
+        except BaseException as error:
+            # What a signal raises inside Ray's compiled code comes out as the cause of a SystemError.
+            reason = error.__cause__ if isinstance(error, SystemError) else error
+            if isinstance(reason, (KeyboardInterrupt, Terminated)):
+                _say(
+                    "\nStopped. What is finished is kept; the same command goes on from there:\n  "
+                    f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
+                )
+                raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
+            if not isinstance(error, Exception):
+                raise
             raise typer.Exit(_explain(error)) from None
 
     return answering  # type: ignore[return-value]
@@ -111,18 +122,6 @@ def _explain_task(text: str) -> int:
     return 1
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _print(text: str, to_stderr: bool = False) -> None:
-    print(text, file=sys.stderr if to_stderr else sys.stdout, flush=True)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=1, default=str), flush=True)
-
-
 # ---- run, and its steps
 
 Dataset = Annotated[
@@ -141,9 +140,9 @@ ConfigFile = Annotated[
     typer.Option("--config", help="YAML file of settings, over the preset's; `ipd-ray config` writes one to edit."),
 ]
 RunDir = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the run; runs/<dataset>-seed<seed> where not given. What runs share lies in `store` "
-                 "beside it."),
+    str | None,
+    typer.Option(help="Folder of the run or its URI (s3://bucket/runs/mine, gs://...); runs/<dataset>-seed<seed> where "
+                 "not given. What runs share lies in `store` beside it.", metavar="PATH|URI"),
 ]
 DryRun = Annotated[
     bool,
@@ -155,7 +154,7 @@ Json = Annotated[
 
 
 def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, preset: str | None, config: Path | None,
-                 run_dir: Path | None, dry_run: bool, as_json: bool) -> None:
+                 run_dir: str | None, dry_run: bool, as_json: bool) -> None:
     from ipd_ray import config as config_module
 
     settings = config_module.load(preset, config, overrides or ())
@@ -171,9 +170,10 @@ def _run_command(until: str, dataset: str, overrides: Sequence[str] | None, pres
     _print(_summary_table(summary), to_stderr=as_json)
 
 
-def _dry_run(dataset: str, settings: RunConfig, run_dir: Path | None, until: str, as_json: bool) -> None:
+def _dry_run(dataset: str, settings: RunConfig, run_dir: str | None, until: str, as_json: bool) -> None:
     from ipd_ray.api import plan
     from ipd_ray.runs import human_bytes
+    from ipd_ray.storage import near
 
     planned = plan(dataset, settings, run_dir=run_dir, until=until)
     if as_json:
@@ -191,24 +191,12 @@ def _dry_run(dataset: str, settings: RunConfig, run_dir: Path | None, until: str
     whole = planned["total"]
     space = [amount(whole[name], human_bytes) for name in ("memory", "disk")]
     rows.append(["in all", "", amount(whole["seconds"], _seconds), *space, ""])
-    folder, store = (_near(Path(planned[name])) for name in ("run_dir", "store"))
+    folder, store = (near(planned[name]) for name in ("run_dir", "store"))
     print(f"{planned['dataset']}, run folder {folder}, store {store}\n")
     print(_table(["step", "state", "time", "memory", "disk", "key"], rows))
     for remark in planned["remarks"]:
         print(f"\nnote: {remark}")
     print("\nEstimates, right within a factor of two or so, for this machine as busy as it is now; nothing was run.")
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; what looks like a number is set to the right."""
-    columns = list(zip(header, *rows, strict=True))
-    right = [all(cell in ("", "-") or cell.lstrip("-")[:1].isdigit() for cell in column[1:]) for column in columns]
-    widths = [max(len(cell) for cell in column) for column in columns]
-    lines = []
-    for row in [header, *rows]:
-        cells = zip(row, widths, right, strict=True)
-        lines.append("  ".join(f"{cell:>{w}}" if r else f"{cell:<{w}}" for cell, w, r in cells).rstrip())
-    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:]])
 
 
 def _step_command(name: str, until: str, text: str) -> None:
@@ -234,7 +222,9 @@ _step_command("evaluate", "evaluate", "A run up to step 6, the scores: the same 
 
 def _summary_table(summary: Mapping[str, Any]) -> str:
     """The last table: what the data held, what the policy reached, what was imagined."""
-    data, folder = summary["data"], Path(summary["run_dir"])
+    from ipd_ray.storage import Folder, near
+
+    data, folder = summary["data"], Folder.of(summary["run_dir"])
     size = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
     rows = [
         ("dataset", f"{summary['dataset']}, {size}; seed {summary['seed']}"),
@@ -263,11 +253,11 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         rows.append(("value", f"{kept} (discounted)"))
     if summary["seconds"]:
         rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
-    rows.append(("run folder", str(_near(folder))))
-    if (folder / "policy").exists():
-        rows.append(("policy", f'from ipd_ray import Policy; Policy.load("{_near(folder)}")'))
-    if (folder / "report.html").exists():
-        rows.append(("report", str(_near(folder / "report.html"))))
+    rows.append(("run folder", near(folder)))
+    if (folder.path / "policy").exists():
+        rows.append(("policy", f'from ipd_ray import Policy; Policy.load("{near(folder)}")'))
+    if (folder.path / "report.html").exists():
+        rows.append(("report", near(folder / "report.html")))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
@@ -281,14 +271,6 @@ def _seconds(value: float) -> str:
     from ipd_ray.runs import human_seconds
 
     return human_seconds(value)
-
-
-def _near(path: Path) -> Path:
-    """The path as a user would type it."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
 
 
 # ---- config
@@ -322,10 +304,11 @@ def data_demo(
 ) -> None:
     """Make the demo's log: Pendulum by a scripted controller of mixed skill. Needs no download."""
     from ipd_ray.data.demo import demo_root, make_demo
+    from ipd_ray.storage import near
 
     root = demo_root()
     name = make_demo(root, force=force)
-    _print(f"{name} lies in {_near(root)}; train on it with `ipd-ray run demo --preset demo`.")
+    _print(f"{name} lies in {near(root)}; train on it with `ipd-ray run demo --preset demo`.")
 
 
 @data_app.command("show")
@@ -505,30 +488,35 @@ def data_export(
     only_imagined: Annotated[
         bool, typer.Option("--only-imagined", help="The accepted segments alone, without the log's episodes.")
     ] = False,
-    runs_dir: Annotated[Path, typer.Option(help="Where runs lie.")] = Path("runs"),
+    runs_dir: Annotated[str, typer.Option(help="Where runs lie: a folder or a URI.", metavar="PATH|URI")] = "runs",
 ) -> None:
     """Write a run's log and its accepted imagined segments as one Minari dataset, each segment an episode."""
     from ipd_ray.api import export
     from ipd_ray.data.export import check_id
     from ipd_ray.runs import open_run
+    from ipd_ray.storage import near
 
     check_id(name)
     folder, segments = export(open_run(run, runs_dir), name, with_log=not only_imagined)
-    _print(f"{name}: {segments:,} imagined segments{'' if only_imagined else ' and the log'} in {_near(folder)}")
+    _print(f"{name}: {segments:,} imagined segments{'' if only_imagined else ' and the log'} in {near(folder)}")
 
 
 # ---- runs and store
 
-RunsDir = Annotated[Path, typer.Option(help="Where runs lie.")]
-StoreDir = Annotated[Path | None, typer.Option("--store", help="The store; `store` in --runs-dir where not given.")]
+RunsDir = Annotated[str, typer.Option(help="Where runs lie: a folder or a URI.", metavar="PATH|URI")]
+StoreDir = Annotated[
+    str | None,
+    typer.Option("--store", help="The store; `store` in --runs-dir where not given.", metavar="PATH|URI"),
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @runs_app.command("ls")
 @answers
-def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
+def runs_ls(runs_dir: RunsDir = "runs", as_json: Json = False) -> None:
     """List the runs with their scores."""
     from ipd_ray.runs import list_runs, row
+    from ipd_ray.storage import Folder
 
     rows = [row(run) for run in list_runs(runs_dir)]
     if as_json:
@@ -542,7 +530,7 @@ def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
         return "-" if value is None else format(value, form)
 
     shown = [
-        [Path(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
+        [Folder.of(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
          number(r["policy_std"]), number(r["normalised"]), number(r["accepted"], ",d"),
          "-" if r["seconds"] is None else _seconds(r["seconds"]), r["state"]]
         for r in rows
@@ -557,16 +545,17 @@ def runs_ls(runs_dir: RunsDir = Path("runs"), as_json: Json = False) -> None:
 def runs_diff(
     a: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="A")],
     b: Annotated[str, typer.Argument(help="Another.", metavar="B")],
-    runs_dir: RunsDir = Path("runs"), as_json: Json = False,
+    runs_dir: RunsDir = "runs", as_json: Json = False,
 ) -> None:
     """Compare two runs: settings that differ, artifacts they share, scores."""
     from ipd_ray.runs import difference, open_run
+    from ipd_ray.storage import Folder
 
     found = difference(open_run(a, runs_dir), open_run(b, runs_dir))
     if as_json:
         _print_json(found)
         return
-    names = [Path(path).name for path in found["runs"]]
+    names = [Folder.of(path).name for path in found["runs"]]
     if found["dataset"][0] != found["dataset"][1]:
         print(f"datasets: {found['dataset'][0]} and {found['dataset'][1]}\n")
     elif not found["same_data"]:
@@ -589,38 +578,40 @@ def runs_diff(
 @answers
 def runs_rm(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name in --runs-dir.", metavar="RUN")],
-    yes: Yes = False, runs_dir: RunsDir = Path("runs"),
+    yes: Yes = False, runs_dir: RunsDir = "runs",
 ) -> None:
     """Delete a run's folder, its policy included. What it has in the store stays until `store prune`."""
     from ipd_ray.api import holding
-    from ipd_ray.files import folder_bytes
     from ipd_ray.runs import human_bytes, open_run, remove
+    from ipd_ray.storage import near
 
     found = open_run(run, runs_dir)
-    _confirm(f"delete {_near(found.path)} ({human_bytes(folder_bytes(found.path))}, policy included)?", yes)
-    with holding(found.path):
+    _confirm(f"delete {near(found.folder)} ({human_bytes(found.folder.bytes)}, policy included)?", yes)
+    with holding(found.folder):
         remove(found)
-    _print(f"deleted {found.path}; `ipd-ray store prune` frees what no run uses any more")
+    _print(f"deleted {found.folder}; `ipd-ray store prune` frees what no run uses any more")
 
 
 @store_app.command("ls")
 @answers
-def store_ls(runs_dir: RunsDir = Path("runs"), store: StoreDir = None, as_json: Json = False) -> None:
+def store_ls(runs_dir: RunsDir = "runs", store: StoreDir = None, as_json: Json = False) -> None:
     """List what runs share, with sizes and the runs that use it."""
     from ipd_ray.runs import human_bytes, list_store
+    from ipd_ray.storage import Folder, near
 
-    items = list_store(store or runs_dir / "store", runs_dir)
+    place = store or Folder.of(runs_dir) / "store"
+    items = list_store(place, runs_dir)
     if as_json:
         _print_json([
-            {"step": i.step, "name": i.path.name, "state": i.state, "bytes": i.bytes, "runs": list(i.runs),
-             "path": str(i.path)}
+            {"step": i.step, "name": i.name, "state": i.state, "bytes": i.bytes, "runs": list(i.runs),
+             "path": str(i.folder)}
             for i in items
         ])
         return
     if not items:
-        _say(f"nothing in {store or runs_dir / 'store'}: --store or --runs-dir names another place")
+        _say(f"nothing in {near(place)}: --store or --runs-dir names another place")
         return
-    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes), ", ".join(i.runs) or "-"] for i in items]
+    rows = [[i.step, i.name[:12], i.state, human_bytes(i.bytes), ", ".join(i.runs) or "-"] for i in items]
     print(_table(["step", "key", "state", "size", "used by"], rows))
     print(f"\n{len(items)} in all, {human_bytes(sum(i.bytes for i in items))}")
 
@@ -628,7 +619,7 @@ def store_ls(runs_dir: RunsDir = Path("runs"), store: StoreDir = None, as_json: 
 @store_app.command("prune")
 @answers
 def store_prune(
-    runs_dir: RunsDir = Path("runs"), store: StoreDir = None,
+    runs_dir: RunsDir = "runs", store: StoreDir = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: Yes = False,
 ) -> None:
@@ -637,12 +628,13 @@ def store_prune(
     What a live process works on stays. A run that needs a deleted artifact again computes it again.
     """
     from ipd_ray.runs import delete, human_bytes, list_store, prunable
+    from ipd_ray.storage import Folder
 
-    items = prunable(list_store(store or runs_dir / "store", runs_dir))
+    items = prunable(list_store(store or Folder.of(runs_dir) / "store", runs_dir))
     if not items:
         _print("nothing to prune")
         return
-    rows = [[i.step, i.path.name[:12], i.state, human_bytes(i.bytes)] for i in items]
+    rows = [[i.step, i.name[:12], i.state, human_bytes(i.bytes)] for i in items]
     print(_table(["step", "key", "state", "size"], rows))
     size = human_bytes(sum(i.bytes for i in items))
     if dry_run:
@@ -662,20 +654,164 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="The file; report.html in the first run's folder where not given."),
     ] = None,
-    runs_dir: RunsDir = Path("runs"),
+    runs_dir: RunsDir = "runs",
 ) -> None:
     """Write one HTML page on a run, or one that compares several. It needs nothing else, and no network."""
     from ipd_ray.report import build_report
     from ipd_ray.runs import open_run
+    from ipd_ray.storage import near
 
-    folders = [open_run(name, runs_dir).path for name in run]
-    target = output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
-    _print(f"report in {_near(build_report(folders, target))}")
+    folders = [open_run(name, runs_dir).folder for name in run]
+    name = "report.html" if len(folders) == 1 else "comparison.html"
+    written = build_report(folders, output or folders[0].path / name)
+    if output is None:
+        folders[0].push([name])
+    _print(f"report in {near(written if output else folders[0] / name)}")
+
+
+# ---- clusters
+
+Address = Annotated[
+    str | None,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://HOST:8265."),
+]
+JobId = Annotated[str, typer.Argument(help="As `ipd-ray jobs ls` shows it.", metavar="JOB")]
+
+
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+@answers
+def submit(
+    command: Annotated[
+        list[str], typer.Argument(help="A command of ipd-ray: run DATASET --run-dir DIR ...", metavar="-- COMMAND")
+    ],
+    address: Address = None,
+    working_dir: Annotated[
+        Path, typer.Option(help="Folder that the command runs in; a copy travels, without datasets and runs.")
+    ] = Path(),
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="More that stays here: a name or glob. Repeatable.", metavar="NAME")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Environment variable to hand over, such as WANDB_API_KEY: its name. Repeatable.",
+                     metavar="NAME"),
+    ] = None,
+    pins: Annotated[
+        bool,
+        typer.Option("--pins/--no-pins", help="Have every node install what ipd_ray needs in the versions installed "
+                     "here, where it has others; --no-pins takes the image as it is."),
+    ] = True,
+    follow: Annotated[
+        bool, typer.Option("--follow/--detach", help="Print the log until the job ends, or return at once.")
+    ] = True,
+    submission_id: Annotated[
+        str | None, typer.Option(help="Name of the job; Ray makes one up where not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a command of ipd-ray as a job of a Ray cluster: `ipd-ray submit --address http://HOST:8265 -- run DATASET`.
+
+    The command is checked first, as it would be here. It runs with runtime.engine=ray and runtime.address=auto where it
+    does not say otherwise, in a copy of --working-dir, with this very version of ipd_ray. Datasets, runs, stores,
+    environments, version control, what git ignores and what looks like a credential stay here. Results must go to
+    storage that every node sees: --run-dir is an absolute path, and so is runtime.store where it is given.
+
+    With --follow the exit code is the job's (143 for one that was stopped); Ctrl-C leaves the job running.
+
+    --env reads the value here and hands it to the job in the memory of the cluster's head until the job ends; it is in
+    no file, log or list of jobs. Whoever holds the cluster's token can read it there meanwhile, and plain http carries
+    it in clear, as it does the token. Where that is too much, let the cluster provide it (a Kubernetes Secret, an
+    instance's role) and leave --env out.
+
+    The token of a cluster that asks for one: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+    """
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.submit(
+        app, command, address=address, working_dir=working_dir, env=env or (), pinned=pins, exclude=exclude or (),
+        follow=follow, submission_id=submission_id, as_json=as_json,
+    ))
+
+
+@jobs_app.command("ls")
+@answers
+def jobs_ls(address: Address = None, as_json: Json = False) -> None:
+    """List the jobs of the cluster, the last one first."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_ls(address, as_json)
+
+
+@jobs_app.command("status")
+@answers
+def jobs_status(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Say how a job stands: command, start, duration, exit code."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_status(job, address, as_json)
+
+
+@jobs_app.command("logs")
+@answers
+def jobs_logs(
+    job: JobId, address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the job ends; the exit code is then the job's.")
+    ] = False,
+) -> None:
+    """Print what a job has printed."""
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.jobs_logs(job, address, follow))
+
+
+@jobs_app.command("stop")
+@answers
+def jobs_stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    """Stop a job as Ctrl-C would: what is finished is kept, and the same command goes on from there."""
+    from ipd_ray import cli_cluster
+
+    cli_cluster.jobs_stop(job, address, as_json)
+
+
+@app.command("doctor")
+@answers
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="A dataset, for what each step would take; settings, such as runtime.actors=4.",
+                       metavar="[DATASET] [SECTION.FIELD=VALUE]"),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to look at: auto, HOST:PORT, ray://HOST:PORT. Short for "
+                                 "runtime.engine=ray runtime.address=...")
+    ] = None,
+    preset: Preset = None, config: ConfigFile = None, run_dir: RunDir = None, as_json: Json = False,
+) -> None:
+    """Say whether the machines are fit for a run: this one, or every node of a Ray cluster.
+
+    Looks at what they have, versions and numeric platform (equal everywhere?), storage (does every node see and write
+    what the others write?), threads, and settings that would never be scheduled. With a dataset: time and memory of
+    each step, after ten seconds of measuring on the nodes that would do it.
+
+    Exit code: 0 all well, 2 something must be mended, 3 warnings only.
+    """
+    from ipd_ray import cli_cluster
+
+    raise typer.Exit(cli_cluster.doctor(
+        words or (), address=address, preset=preset, config=config, run_dir=run_dir, as_json=as_json
+    ))
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    if os.environ.get("IPD_RAY_CREDENTIALS"):  # a job that was handed some
+        from ipd_ray.distributed.credentials import held
+
+        with held():
+            app()
+    else:
+        app()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -31,6 +33,9 @@ _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABELS = re.compile(rf"(?:(?:{_LABEL}/)?{_LABEL}={_LABEL}(?:,(?!$)|$))*")
 
 
 class Section(BaseModel):
@@ -332,6 +337,11 @@ class RuntimeConfig(Section):
     """CPU threads of a values, world-model and imagination worker. Fixed, since the order of sums depends on it."""
     train_threads: NonNegativeInt = 0
     """CPU threads a distillation worker; 0: all cores over the workers."""
+    actor_labels: str = ""
+    """Ray node labels, `name=value` with commas between, that a node must have for any step but distillation, such as
+    `ray.io/market-type=spot`; any node where empty."""
+    worker_labels: str = ""
+    """The same for distillation workers, which a lost node sets back by more."""
     store: str | None = None
     """Where artifacts shared by runs lie; `store` beside the runs where not given."""
     checkpoint_seconds: PositiveFloat = 30.0
@@ -342,6 +352,16 @@ class RuntimeConfig(Section):
     """Weights & Biases project."""
     tensorboard: bool = False
     """TensorBoard event files in the run folder."""
+
+    @field_validator("actor_labels", "worker_labels")
+    @classmethod
+    def _check_labels(cls, labels: str, info: ValidationInfo) -> str:
+        if not _LABELS.fullmatch(labels):
+            raise ValueError(
+                f"runtime.{info.field_name}={labels!r} must be name=value pairs with commas and no spaces between, "
+                "such as ray.io/market-type=spot: `ray start --labels` and the files in cluster/ give nodes theirs."
+            )
+        return labels
 
 
 class RunConfig(Section):
@@ -387,6 +407,11 @@ class RunConfig(Section):
                 "worker."
             )
         return self
+
+
+def label_selector(labels: str) -> dict[str, str]:
+    """Return `runtime.actor_labels` or `runtime.worker_labels` as {name: value}."""
+    return dict(pair.split("=") for pair in labels.split(",") if pair)
 
 
 def preset_names() -> list[str]:

@@ -11,13 +11,13 @@ lasts is not known: the log's longest is assumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ipd_ray.artifacts import read_jsonl
+from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_path
 from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
@@ -37,6 +37,8 @@ IMAGINED_SECONDS = 7e-5
 """One imagined step of one episode, the policy's forward pass included."""
 ACT_SECONDS = 4e-3
 """One forward pass of the policy for all environments."""
+MEASURE_SECONDS = 0.06
+"""Of one measurement."""
 PROCESS_BYTES = 400e6
 """A worker before it has read anything."""
 
@@ -73,25 +75,41 @@ class Speed:
     """Seconds of a small operation."""
 
 
-def estimate(context: Context, until: str, processes: int) -> list[dict[str, Any]]:
+def estimate(
+    context: Context, until: str, processes: int, work: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """Return a row a part: step, key, state, and what is still to come in seconds, bytes of memory and of disk.
 
-    Memory is a worker's; imagination has `processes` of them.
+    Memory is a worker's; imagination has `processes` of them. work: `work_seconds` of the machine that will do it; of
+    this one where not given.
     """
-    config, sizes, speed = context.config, Sizes.of(context), measure(context.device)
+    config, sizes = context.config, Sizes.of(context)
     parts = {part.name: part for part in context.parts.until(until)}
+    if work is None:
+        work = work_seconds({part.step for part in parts.values()}, config, sizes, context.device)
     rows = []
     for row in state_of(context, until):
         part = parts[row["step"]]
         left = 0.0 if row["state"] == "reused" else 1.0 - _done(context, part)
         workers = processes if part.step == "imagine" else 1
-        seconds = _seconds(part, config, sizes, speed) * left / workers + (STARTUP_SECONDS if left else 0.0)
+        seconds = work[part.step] * left / workers + (STARTUP_SECONDS if left else 0.0)
         rows.append({
             "step": row["step"], "key": row["key"], "state": row["state"], "seconds": round(seconds, 1),
             "memory": round(_memory(part.step, config, sizes)) if left else 0,
             "disk": round(_disk(part.step, config, sizes)) if left else 0,
         })
     return rows
+
+
+def work_seconds(
+    steps: Iterable[str], config: RunConfig, sizes: Sizes, device: str, measured_for: float = MEASURE_SECONDS
+) -> dict[str, float]:
+    """Return the seconds that each of the steps takes one worker on this machine, which is measured.
+
+    measured_for: seconds a measurement; there are about five.
+    """
+    speed = measure(device, measured_for)
+    return {step: _seconds(step, config, sizes, speed) for step in steps}
 
 
 def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[str, float]:
@@ -118,24 +136,27 @@ def estimate_disk(context: Context, until: str) -> int:
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:
-    path = columns_path(context.store.root / "data", context.transitions.content_hash)
-    return 0 if path.exists() else round(_log_bytes(sizes))
+    data = context.store.root / "data"
+    there = data.exists(columns_path(data.path, context.transitions.content_hash).name)
+    return 0 if there else round(_log_bytes(sizes))
 
 
 def _done(context: Context, part: Part) -> float:
     """Share of a stopped part that is done."""
-    folder = context.store.partial(part.step, part.key)
+    folder = context.store.folder(part.step, part.key)
     if part.step == "imagine":
         shards = max(1, -(-_starts(context.config, Sizes.of(context)) // context.config.imagine.shard_size))
-        return min(1.0, len(list(folder.glob("shard-*.json"))) / shards)
-    rows = read_jsonl(folder / "metrics.jsonl")
+        there = sum(name.startswith("shard-") and name.endswith(".json") for name in folder.sizes())
+        return min(1.0, there / shards)
+    folder.pull([METRICS])
+    rows = read_jsonl(folder.path / METRICS)
     return rows[-1]["step"] / rows[-1]["total"] if rows and part.step != "evaluate" else 0.0
 
 
 # ---- this machine
 
 
-def measure(device: str, seconds: float = 0.06) -> Speed:
+def measure(device: str, seconds: float = MEASURE_SECONDS) -> Speed:
     """Time small operations and, as they are asked for, matrix products on one thread."""
     threads = torch.get_num_threads()
     known: dict[tuple[int, int, int], float] = {}
@@ -218,25 +239,25 @@ def _starts(config: RunConfig, sizes: Sizes) -> int:
     return min(config.select.starts, max(1, sizes.steps // config.imagine.length))
 
 
-def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
+def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
     w = _Weights.of(config, sizes)
-    if part.step == "values":
+    if step == "values":
         v = config.values
         # target, forward; Q, V, behaviour, and every fourth time the return expectiles, forward and back (three times)
         rows = 2 * w.q * 4 + w.v * 4.25 + w.behaviour * 3 + w.returns * 0.75
         rate = speed.product(2, v.batch_size, v.width)
         return v.updates * _update("values", 2.0 * v.batch_size * rows, rate, speed)
-    if part.step == "world_model":
+    if step == "world_model":
         m = config.world_model
         rate = speed.product(m.members, m.batch_size, m.width)
         each = _update("world_model", 6.0 * m.batch_size * (m.members * w.model + w.termination), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
-    if part.step == "imagine":
+    if step == "imagine":
         return _imagine_operations(config, sizes, w) / EFFICIENCY["imagine"] / speed.product(
             config.world_model.elites, 4096, config.world_model.width
         )
-    if part.step == "distill":
+    if step == "distill":
         p, d = config.policy, config.distill
         tokens = _tokens(config)
         flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
@@ -244,7 +265,7 @@ def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * tokens, p.width) * threads
         return d.updates * _update("distill", flops, rate, speed)
-    if part.step == "choose":
+    if step == "choose":
         played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
         return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
     steps = config.distill.snapshots * (config.evaluate.max_steps or sizes.longest)
@@ -321,4 +342,4 @@ def _log_bytes(sizes: Sizes) -> float:
     return 4.0 * sizes.steps * (2 * sizes.observation + sizes.action + 2)
 
 
-__all__ = ["estimate", "estimate_disk", "measure", "total"]
+__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "total", "work_seconds"]

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from ipd_ray.artifacts import SNAPSHOT, Artifact, Store, Workspace, make_key
+from ipd_ray.artifacts import METRICS, TENSORS, Artifact, Store, Workspace, make_key
 from ipd_ray.config import DistillConfig, RunConfig
-from ipd_ray.data.columns import columns_path, read_columns, write_columns
-from ipd_ray.data.shards import read_entry
+from ipd_ray.data.columns import keep_columns
+from ipd_ray.data.shards import read_entries
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distill import fit as distill_fit
 from ipd_ray.engine import Engine, Task
@@ -24,7 +23,6 @@ from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
-from ipd_ray.files import folder_bytes
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
@@ -40,6 +38,7 @@ from ipd_ray.steps import (
     run_values,
     run_world_model,
 )
+from ipd_ray.storage import ARTIFACT, Folder
 from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
@@ -182,23 +181,21 @@ class Context:
     @cached_property
     def log(self) -> LogRef:
         """The converted log in the store, written where it is missing."""
-        path = columns_path(self.store.root / "data", self.transitions.content_hash)
-        if read_columns(path) is None:
-            write_columns(path, self.transitions)
-        return LogRef(str(path), self.config.data, self.config.seed)
+        path = keep_columns(self.store.root / "data", self.transitions)
+        return LogRef(path, self.config.data, self.config.seed)
 
     def path(self, part: Part) -> str:
         artifact = self.store.find(part.step, part.key)
         if artifact is None:
             raise FileNotFoundError(f"{part.name} {part.key[:24]} is not in the store {self.store.root}")
-        return str(artifact.path)
+        return str(artifact.folder)
 
-    def obtain(self, parts: Mapping[str, Part], compute: Callable[[dict[str, Path]], None]) -> None:
+    def obtain(self, parts: Mapping[str, Part], compute: Callable[[dict[str, Folder]], None]) -> None:
         """Have the parts in the store: reuse what is there, compute the rest in claimed work folders."""
         ready = {n for n, p in parts.items() if self.store.find(p.step, p.key)}
         missing = {n: p for n, p in parts.items() if n not in ready}
         with ExitStack() as stack:
-            folders: dict[str, Path] = {}
+            folders: dict[str, Folder] = {}
             for name, part in sorted(missing.items(), key=lambda item: (item[1].step, item[1].key)):
                 claim = self.store.claim({part.step: part.key}, waiting=self._waiting)
                 for folder in stack.enter_context(claim).values():
@@ -209,7 +206,7 @@ class Context:
                 part = parts[name]
                 self.store.commit(part.step, part.key, version=part.version, parts=part.described)
             for name, part in parts.items():
-                self.listener.end(part.name, Artifact(Path(self.path(part))).seconds, reused=name not in folders)
+                self.listener.end(part.name, Artifact(self.path(part)).seconds, reused=name not in folders)
 
     def _waiting(self, step: str, owner: Mapping[str, Any]) -> None:
         self.listener.note(
@@ -239,7 +236,7 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
         parts["world_model"] = context.parts.world_model
     config, log = context.config, context.log
 
-    def compute(folders: dict[str, Path]) -> None:
+    def compute(folders: dict[str, Folder]) -> None:
         functions: dict[str, tuple[Callable[..., Any], Any]] = {
             "values": (run_values, config.values),
             "world_model": (run_world_model, config.world_model),
@@ -265,7 +262,7 @@ def imagine(context: Context) -> None:
     """Steps 3 and 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
     config, part = context.config, context.parts.imagine
 
-    def compute(folders: dict[str, Path]) -> None:
+    def compute(folders: dict[str, Folder]) -> None:
         folder = folders["imagine"]
         workspace = Workspace(folder)
         shared: dict[str, Any] = {
@@ -277,7 +274,8 @@ def imagine(context: Context) -> None:
             "seed": config.seed,
         }
         specs: list[ShardSpec] = run_select(**shared, select=config.select)
-        missing = [s for s in specs if read_entry(folder, s.shard) is None]
+        there = read_entries(folder)
+        missing = [s for s in specs if s.shard not in there]
         if done := len(specs) - len(missing):
             context.listener.note(f"imagine: {done} of {len(specs)} shards are there already")
         world_model = context.path(context.parts.world_model)
@@ -306,7 +304,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
     section = variants(config)[variant]
     imagined = section.imagined_ratio > 0
 
-    def compute(folders: dict[str, Path]) -> None:
+    def compute(folders: dict[str, Folder]) -> None:
         folder = folders[variant]
         job = DistillJob(
             work=str(folder),
@@ -332,7 +330,7 @@ def choose(context: Context) -> None:
     config, part = context.config, context.parts.choose
     assert part is not None  # part of the run
 
-    def compute(folders: dict[str, Path]) -> None:
+    def compute(folders: dict[str, Folder]) -> None:
         folder = folders["choose"]
         arguments = {
             "work": str(folder),
@@ -360,7 +358,7 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
         context.listener.note(f"evaluation skipped: {error}. The offline diagnostics stand.")
         return
 
-    def compute(folders: dict[str, Path]) -> None:
+    def compute(folders: dict[str, Folder]) -> None:
         folder = folders[variant]
         arguments = {
             "work": str(folder),
@@ -434,17 +432,23 @@ def summarise(context: Context) -> dict[str, Any]:
     return summary
 
 
-def copy_policy(context: Context, folder: Path) -> None:
+def copy_policy(context: Context, folder: Folder) -> None:
     """Put the policy into the run folder, where `Policy.load` finds it without the store."""
     part = context.parts.policy
     if context.store.find(part.step, part.key) is None:
         part = context.parts.distill["ipd"]  # a run that ends before its choice
-    source = Path(context.path(part))
-    target, fresh = folder / "policy", folder / ".policy.new"
+    artifact = Artifact(context.path(part))
+    kept = [name for name in (ARTIFACT, TENSORS, METRICS) if artifact.folder.exists(name)]
+    artifact.pull(kept)
+    target, fresh = folder.path / "policy", folder.path / ".policy.new"
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(f"{SNAPSHOT}*"))
+    fresh.mkdir(parents=True)
+    for name in kept:
+        shutil.copy2(artifact.path / name, fresh / name)
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
+    folder.push([f"policy/{name}" for name in kept if name != ARTIFACT])
+    folder.push([f"policy/{ARTIFACT}"])
 
 
 def state_of(context: Context, last: str = "evaluate") -> list[dict[str, Any]]:
@@ -452,9 +456,9 @@ def state_of(context: Context, last: str = "evaluate") -> list[dict[str, Any]]:
     rows = []
     for part in context.parts.until(last):
         artifact = context.store.find(part.step, part.key)
-        partial = context.store.partial(part.step, part.key)
-        state = "reused" if artifact else "goes on" if partial.exists() else "to do"
-        size = folder_bytes(artifact.path) if artifact else 0
+        begun = context.store.folder(part.step, part.key).exists()
+        state = "reused" if artifact else "goes on" if begun else "to do"
+        size = artifact.folder.bytes if artifact else 0
         rows.append({"step": part.name, "key": part.key[:24], "state": state, "bytes": size})
     return rows
 

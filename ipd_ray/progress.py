@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
+
+from ipd_ray.storage import Folder
+
+FILE = "metrics.jsonl"
 
 
 class Listener(Protocol):
@@ -51,20 +54,18 @@ class Listeners:
 class CurveTail:
     """Reads what a worker appends to its `metrics.jsonl`, which a resume cuts back: always from its beginning."""
 
-    def __init__(self, step: str, workspace: Path, listener: Listener):
-        self._step, self._file, self._listener = step, workspace / "metrics.jsonl", listener
+    REMOTE_SECONDS = 2.0
+    """How often an object store is asked."""
+
+    def __init__(self, step: str, workspace: Folder, listener: Listener):
+        self._step, self._folder, self._listener = step, workspace, listener
         self._seen = -1
         self._size = 0
+        self._asked = 0.0
 
     def __call__(self) -> None:
-        try:
-            text = self._file.read_bytes() if self._file.stat().st_size != self._size else b""
-        except FileNotFoundError:
-            return
-        if not text:
-            return
-        self._size = len(text)
-        for line in text[: text.rfind(b"\n") + 1].splitlines():
+        text = self._changed()
+        for line in text[: text.rfind("\n") + 1].splitlines():
             try:
                 row: dict[str, Any] = json.loads(line)
             except ValueError:  # a resume wrote the file anew, and this began in the middle of a line
@@ -75,6 +76,23 @@ class CurveTail:
                 total = int(row.pop("total"))
                 row.pop("time", None)
                 self._listener.progress(self._step, step, total, row)
+
+    def _changed(self) -> str:
+        """Return the file where it has another length than before, else nothing."""
+        if self._folder.remote:
+            now = time.monotonic()
+            if now - self._asked < self.REMOTE_SECONDS:
+                return ""
+            self._asked = now
+        else:
+            try:
+                if (self._folder.path / FILE).stat().st_size == self._size:
+                    return ""
+            except FileNotFoundError:
+                return ""
+        text = self._folder.read_text(FILE) or ""
+        changed, self._size = len(text) != self._size, len(text)
+        return text if changed else ""
 
 
 class ShardProgress:

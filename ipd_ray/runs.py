@@ -7,45 +7,53 @@ Reading one needs neither torch nor the dataset.
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ipd_ray.config import flatten, read_yaml
 from ipd_ray.errors import UserError, near_name
-from ipd_ray.files import folder_bytes
+from ipd_ray.lease import Lease
+from ipd_ray.storage import ARTIFACT, Folder
 
 SCHEMA = 1
 """Version of the folder's layout."""
 IDENTITY, LINKS, SUMMARY, CURVES = "run.json", "links.json", "summary.json", "metrics.jsonl"
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of one run."""
 
-    path: Path
+    def __init__(self, place: str | Path | Folder):
+        self.folder = Folder.of(place)
+
+    @property
+    def path(self) -> Path:
+        """Where its files are on this machine; of an object store, those that were pulled."""
+        return self.folder.path
 
     @property
     def exists(self) -> bool:
-        return (self.path / IDENTITY).is_file()
+        return self.folder.exists(IDENTITY)
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.folder.name
 
     @property
     def identity(self) -> dict[str, Any]:
         """Content of run.json. Raises UserError for a folder that is no run, or of an unknown schema."""
-        content = _read_json(self.path / IDENTITY)
+        content = self._read(IDENTITY)
         if not content:
-            raise UserError(f"{self.path} is no run folder (it holds no {IDENTITY}): `ipd-ray runs ls` lists the runs.")
+            raise UserError(
+                f"{self.folder} is no run folder (it holds no {IDENTITY}): `ipd-ray runs ls` lists the runs."
+            )
         if content.get("schema") != SCHEMA:
             raise UserError(
-                f"{self.path} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: use "
+                f"{self.folder} has schema {content.get('schema')!r}, this version of ipd_ray reads {SCHEMA}: use "
                 "another --run-dir, or the version that wrote it."
             )
         return content
@@ -53,39 +61,48 @@ class RunFolder:
     @property
     def links(self) -> dict[str, dict[str, str]]:
         """Part name to key and path of its artifact."""
-        return _read_json(self.path / LINKS)
+        return self._read(LINKS)
 
     @property
     def summary(self) -> dict[str, Any]:
         """Content of summary.json; empty for a run that has not ended."""
-        return _read_json(self.path / SUMMARY)
+        return self._read(SUMMARY)
 
     @property
     def config(self) -> dict[str, Any]:
         """{dotted name: value} of the config it ran with."""
+        self.folder.pull(["config.yaml"])
         file = self.path / "config.yaml"
         return flatten(read_yaml(file)) if file.exists() else {}
 
     @property
-    def store(self) -> Path:
-        return Path(self.identity["store"])
+    def store(self) -> Folder:
+        return Folder.of(self.identity["store"])
 
-    def artifact(self, part: str, needs: str = "") -> Path:
+    def pull(self) -> None:
+        """Have all its files on this machine."""
+        if self.folder.remote:
+            self.folder.pull(sorted(self.folder.sizes()))
+
+    def artifact(self, part: str, needs: str = "") -> Folder:
         """Return the folder of a part's artifact. Raises UserError where it is not there."""
         link = self.links.get(part)
-        if link is None or not (Path(link["path"]) / "artifact.json").is_file():
+        if link is None or not Folder.of(link["path"]).exists(ARTIFACT):
             raise UserError(
-                f"{self.path}: its {part} is not in the store{needs and f', and {needs} needs it'}: run it again with "
-                "the same settings (`--config` with its config.yaml), or look at `ipd-ray runs ls`."
+                f"{self.folder}: its {part} is not in the store{needs and f', and {needs} needs it'}: run it again "
+                "with the same settings (`--config` with its config.yaml), or look at `ipd-ray runs ls`."
             )
-        return Path(link["path"])
+        return Folder.of(link["path"])
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return _parsed(self.folder.read_text(name), f"{self.folder}/{name}")
 
 
-def open_run(name: str, root: Path = Path("runs")) -> RunFolder:
+def open_run(name: str, root: str | Folder = "runs") -> RunFolder:
     """Return an existing run by its folder, or by its name in `root`. Raises UserError with the near names."""
-    for path in (Path(name), root / name):
-        if (path / IDENTITY).is_file():
-            return RunFolder(path)
+    for place in (Folder.of(name), Folder.of(root) / name):
+        if place.exists(IDENTITY):
+            return RunFolder(place)
     known = [run.name for run in list_runs(root)]
     raise UserError(
         f"{name!r} is no run folder (with a {IDENTITY} in it).{near_name(name, known)} `ipd-ray runs ls` lists those "
@@ -93,11 +110,9 @@ def open_run(name: str, root: Path = Path("runs")) -> RunFolder:
     )
 
 
-def list_runs(root: Path) -> list[RunFolder]:
+def list_runs(root: str | Path | Folder) -> list[RunFolder]:
     """Return the runs in a folder, by name."""
-    if not root.is_dir():
-        return []
-    found = (RunFolder(path) for path in sorted(root.iterdir()) if path.is_dir())
+    found = (RunFolder(folder) for folder in Folder.of(root).folders())
     return [run for run in found if run.exists]
 
 
@@ -106,7 +121,7 @@ def row(run: RunFolder) -> dict[str, Any]:
     summary, identity = run.summary, run.identity
     policy = summary.get("policy", {})
     return {
-        "run": str(run.path),
+        "run": str(run.folder),
         "dataset": identity["dataset"],
         "seed": identity["seed"],
         "data_mean": summary.get("data", {}).get("return_mean"),
@@ -116,7 +131,7 @@ def row(run: RunFolder) -> dict[str, Any]:
         "accepted": summary.get("imagined", {}).get("accepted"),
         "seconds": sum(summary["seconds"].values()) if "seconds" in summary else None,
         "state": "done" if summary else "not finished",
-        "bytes": folder_bytes(run.path),
+        "bytes": run.folder.bytes,
     }
 
 
@@ -129,7 +144,7 @@ def difference(a: RunFolder, b: RunFolder) -> dict[str, Any]:
     same = [p for p in parts if p in keys_a and p in keys_b and keys_a[p]["key"] == keys_b[p]["key"]]
     scores_a, scores_b = _scores(a.summary), _scores(b.summary)
     return {
-        "runs": [str(a.path), str(b.path)],
+        "runs": [str(a.folder), str(b.folder)],
         "dataset": [a.identity["dataset"], b.identity["dataset"]],
         "same_data": a.identity["content_hash"] == b.identity["content_hash"],
         "config": {name: [mine.get(name), other.get(name)] for name in names},
@@ -151,31 +166,43 @@ def _scores(summary: Mapping[str, Any]) -> dict[str, Any]:
 def remove(run: RunFolder) -> None:
     """Delete a run folder; its artifacts stay in the store until `store prune`."""
     _ = run.identity  # refuses what is no run
-    registered = user_file(run.store, run.path)
-    shutil.rmtree(run.path)
-    registered.unlink(missing_ok=True)
+    users = run.store / USERS
+    run.folder.remove()
+    users.remove_file(_user_file(run.folder))
 
 
 # ---- the store
 
-
-def user_file(store: Path, run: Path) -> Path:
-    """The file by which a store knows that a run uses it, wherever that run lies."""
-    import hashlib
-
-    return store / "users" / f"{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]}.json"
+USERS = "users"
 
 
-def users(store: Path, *roots: Path) -> list[RunFolder]:
+def register(store: Folder, run: Folder) -> None:
+    """Let a store know that a run uses it, wherever that run lies."""
+    users = store / USERS
+    if not users.remote:
+        users.path.mkdir(parents=True, exist_ok=True)
+    users.write_text(_user_file(run), json.dumps({"run": str(run)}) + "\n")
+
+
+def _user_file(run: Folder) -> str:
+    return f"{hashlib.sha256(_identity(run).encode()).hexdigest()[:16]}.json"
+
+
+def _identity(folder: Folder) -> str:
+    return folder.uri if folder.remote else str(folder.path.resolve())
+
+
+def users(store: Folder, *roots: Folder) -> list[RunFolder]:
     """Return every run that uses a store: those that registered themselves, and those in the given folders."""
-    found: dict[Path, RunFolder] = {}
-    for file in sorted((store / "users").glob("*.json")):
-        run = RunFolder(Path(_read_json(file).get("run", "")))
-        if run.exists:
-            found[run.path.resolve()] = run
+    found: dict[str, RunFolder] = {}
+    registered = store / USERS
+    for name in sorted(registered.sizes()):
+        said = _parsed(registered.read_text(name), f"{registered}/{name}").get("run")
+        if said and (run := RunFolder(said)).exists:
+            found[_identity(run.folder)] = run
     for root in roots:
         for run in list_runs(root):
-            found.setdefault(run.path.resolve(), run)
+            found.setdefault(_identity(run.folder), run)
     return list(found.values())
 
 
@@ -183,7 +210,10 @@ def users(store: Path, *roots: Path) -> list[RunFolder]:
 class Stored:
     """A folder or file of the store."""
 
-    path: Path
+    folder: Folder
+    """Its folder; of a converted log the one that it lies in."""
+    name: str
+    """Key of the artifact, or name of the log's file."""
     step: str
     """The step that made it; data: a converted log."""
     state: str
@@ -193,22 +223,26 @@ class Stored:
     """The runs that use it."""
 
 
-def list_store(store: Path, *roots: Path) -> list[Stored]:
+def list_store(place: str | Folder, *roots: str | Folder) -> list[Stored]:
     """Return what lies in a store, and which runs use it."""
+    store = Folder.of(place)
     used: dict[str, list[str]] = {}
-    for run in users(store, *roots):
+    for run in users(store, *map(Folder.of, roots)):
         for link in run.links.values():
             used.setdefault(link["key"][:24], []).append(run.name)
         used.setdefault(run.identity["content_hash"][:24], []).append(run.name)
     out = []
-    for path in sorted(_artifact_folders(store)):
-        key = path.name.removesuffix(".partial")
-        state = "done"
-        if path.name.endswith(".partial"):
-            state = "working" if _owned(path) else "partial"
-        out.append(Stored(path, path.parent.name, state, folder_bytes(path), tuple(used.get(key, ()))))
-    for path in sorted((store / "data").glob("*.safetensors")):
-        out.append(Stored(path, "data", "done", path.stat().st_size, tuple(used.get(path.stem, ()))))
+    for step in store.folders():
+        for folder in step.folders():
+            sizes = folder.sizes()
+            state = "done" if ARTIFACT in sizes else "working" if _owned(folder) else "partial"
+            runs = tuple(used.get(folder.name, ()))
+            out.append(Stored(folder, folder.name, step.name, state, sum(sizes.values()), runs))
+    data = store / "data"
+    for name, size in sorted(data.sizes().items()):
+        if name.endswith(".safetensors"):
+            runs = tuple(used.get(name.removesuffix(".safetensors"), ()))
+            out.append(Stored(data, name, "data", "done", size, runs))
     return out
 
 
@@ -219,21 +253,13 @@ def prunable(stored: list[Stored]) -> list[Stored]:
 
 def delete(item: Stored) -> None:
     """Remove one thing from the store."""
-    if item.path.is_dir():
-        shutil.rmtree(item.path)
+    if item.step == "data":
+        item.folder.remove_file(item.name)
     else:
-        item.path.unlink(missing_ok=True)
+        item.folder.remove()
 
 
-def _artifact_folders(store: Path) -> Iterator[Path]:
-    for path in store.glob("*/*"):
-        if path.is_dir() and (path.name.endswith(".partial") or (path / "artifact.json").is_file()):
-            yield path
-
-
-def _owned(folder: Path) -> bool:
-    from ipd_ray.artifacts import Lease
-
+def _owned(folder: Folder) -> bool:
     lease = Lease(folder)
     if lease.acquire() is not None:
         return True
@@ -261,10 +287,10 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except FileNotFoundError:
+def _parsed(text: str | None, where: str) -> dict[str, Any]:
+    if text is None:
         return {}
+    try:
+        return dict(json.loads(text))
     except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: remove it, and run again to have it written anew.") from None
+        raise UserError(f"{where} is damaged: remove it, and run again to have it written anew.") from None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,8 @@ from ipd_ray.config import (
     ValuesConfig,
     WorldModelConfig,
 )
-from ipd_ray.data.columns import read_columns
-from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entry, read_shard, write_shard
+from ipd_ray.data.columns import fetch_columns
+from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entries, read_shard, write_shard
 from ipd_ray.data.transitions import Floats, Log, prepare
 from ipd_ray.distill.fit import (
     DistillTrainer,
@@ -44,10 +43,10 @@ from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
-from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
+from ipd_ray.storage import Folder
 from ipd_ray.training import set_threads
 from ipd_ray.values.fit import (
     bootstrapped_returns,
@@ -68,6 +67,7 @@ class LogRef:
     """Where a converted log lies, and how it is prepared."""
 
     path: str
+    """Path or URI of the file."""
     data: DataConfig
     seed: int
 
@@ -78,7 +78,8 @@ class LogRef:
 
 @lru_cache(maxsize=2)
 def _load_log(ref: LogRef) -> Log:
-    found = read_columns(Path(ref.path))
+    folder, _, name = ref.path.rpartition("/")
+    found = fetch_columns(Folder.of(folder), name)
     if found is None:
         raise FileNotFoundError(f"the converted log {ref.path} is gone or damaged: run again, it is converted anew.")
     return prepare(found, ref.data, ref.seed)
@@ -94,26 +95,26 @@ class Place:
 
     def workspace(self, path: str) -> Workspace:
         set_threads(self.threads)
-        return Workspace(Path(path), self.checkpoint_seconds)
+        return Workspace(path, self.checkpoint_seconds)
 
 
 @lru_cache(maxsize=2)
 def values_of(path: str, device: str) -> ValueFunctions:
     """Step 1's result, kept in this process."""
-    artifact = Artifact(Path(path))
+    artifact = Artifact(path)
     return load_values(artifact.tensors(), artifact.described, device)
 
 
 @lru_cache(maxsize=2)
 def world_model_of(path: str, device: str) -> WorldModel:
     """Step 2's result, kept in this process."""
-    artifact = Artifact(Path(path))
+    artifact = Artifact(path)
     return load_world_model(artifact.tensors(), artifact.described, device)
 
 
 def holdout_uncertainty(world_model: str, kind: str) -> np.ndarray:
     """(H,) U of the held-out steps, of one kind."""
-    return Artifact(Path(world_model)).tensors()["holdout_uncertainty"][KINDS.index(kind)].numpy()
+    return Artifact(world_model).tensors()["holdout_uncertainty"][KINDS.index(kind)].numpy()
 
 
 @lru_cache(maxsize=1)
@@ -182,7 +183,7 @@ def gate_of(
             holdout_uncertainty(world_model, uncertainty), data.transitions.episode[held], length=length,
             survival=config.survival, begins=regret[held] >= np.quantile(regret, 1.0 - regret_share),
         )
-    return Gate(config, threshold, float(Artifact(Path(values)).diagnostics["v_std"]))
+    return Gate(config, threshold, float(Artifact(values).diagnostics["v_std"]))
 
 
 def run_shard(
@@ -216,36 +217,31 @@ def run_shard(
         "reward_gain": float(gain.mean()),
         "terminated": int(segments.terminal.any(1).sum()),
     }
-    write_shard(workspace.path, spec.shard, segments, summary)
-    entry = read_entry(workspace.path, spec.shard)
-    if entry is None:
-        raise OSError(f"shard {spec.shard} was written to {workspace.path} but cannot be read back")
-    if gate is None:
-        return entry
-    return {**entry, "accepted": int(gate.accept(segments, log).accepted.sum())}
+    entry = write_shard(workspace.folder, spec.shard, segments, summary)
+    return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).accepted.sum())}
 
 
 def finish_imagination(workspace: Workspace, shards: int) -> None:
     """Describe a folder whose shards are all there."""
-    entries = [read_entry(workspace.path, i) for i in range(shards)]
-    missing = [i for i, e in enumerate(entries) if e is None]
+    entries = read_entries(workspace.folder)
+    missing = [i for i in range(shards) if i not in entries]
     if missing:
-        raise FileNotFoundError(f"shards {missing} are missing in {workspace.path}")
-    known = [e for e in entries if e is not None]
+        raise FileNotFoundError(f"shards {missing} are missing in {workspace.folder}")
+    known = [entries[i] for i in range(shards)]
     manifest = {
         "shards": shards,
         "segments": sum(e["segments"] for e in known),
         "steps": sum(e["steps"] for e in known),
     }
-    write_atomic(workspace.path / "manifest.json", "\n".join(str(e["digest"]) for e in known))
+    workspace.folder.write_text("manifest.json", "\n".join(str(e["digest"]) for e in known))
     workspace.describe(manifest_digest([e["digest"] for e in known]), manifest)
 
 
 def read_segments(path: str) -> Segments:
     """All segments of step 4."""
-    folder = Path(path)
-    shards = int(Artifact(folder).diagnostics["shards"])
-    return concatenate([read_shard(folder, i) for i in range(shards)])
+    artifact = Artifact(path)
+    artifact.pull_all()
+    return concatenate([read_shard(artifact.path, i) for i in range(int(artifact.diagnostics["shards"]))])
 
 
 @dataclass(frozen=True)
@@ -336,7 +332,7 @@ class DistillJob:
     def finish(self, workspace: Workspace, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
         """Leave the policy artifact: everything that acting needs."""
         log, t = self.log.load(), self.log.load().transitions
-        values = Artifact(Path(self.values))
+        values = Artifact(self.values)
         target = self.distill.target_return
         if self.distill.prompt == "fixed" and target is None:
             target = float(t.episode_return.max())
@@ -390,7 +386,7 @@ def run_choose(
     threshold = float(np.quantile(holdout_uncertainty(world_model, uncertainty), config.known))
     policies = [
         (variant, artifact, step, tensors)
-        for variant, artifact in ((name, Artifact(Path(path))) for name, path in distilled.items())
+        for variant, artifact in ((name, Artifact(path)) for name, path in distilled.items())
         for step, tensors in reversed(policies_of(artifact))
     ]
     found: list[dict[str, Any]] = []
@@ -419,14 +415,14 @@ def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig, c
     where it is not the last one of these."""
     workspace = place.workspace(work)
     workspace.rewind({})  # an evaluation that was cut off begins anew
-    artifact = Artifact(Path(policy))
+    artifact = Artifact(policy)
     described = artifact.described
     along = policies_of(artifact)
     own = [step for step, _ in along]
     policies = [(described, tensors) for _, tensors in along]
     headline = len(policies) - 1
     if chosen is not None:
-        kept = Artifact(Path(chosen))
+        kept = Artifact(chosen)
         if kept.described["variant"] == "ipd":
             headline = own.index(kept.described["updates"])
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -14,9 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ipd_ray.data.shards import Segments, read_entry, write_shard
+from ipd_ray.data.shards import Segments, write_shard
 from ipd_ray.distill.fit import DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import Folder, probe
 
 
 def square(value: int, seconds: float = 0.0) -> int:
@@ -33,10 +35,7 @@ def trivial_shard(work: str, shard: int) -> dict[str, Any]:
         index=at, episode=at, timestep=at, control=none[0], observation=state, action=state[:, :1], reward=one,
         terminal=none, uncertainty=one, value=value, own_reward=one, own_terminal=none, own_length=at, own_value=value,
     )
-    write_shard(Path(work), shard, segments, {"steps": 1, "reward_gain": 0.0})
-    entry = read_entry(Path(work), shard)
-    assert entry is not None  # written just now
-    return entry
+    return write_shard(Folder.of(work), shard, segments, {"steps": 1, "reward_gain": 0.0})
 
 
 def timed(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
@@ -86,6 +85,13 @@ def die_unless(marker: str) -> None:
     die()
 
 
+def probe_where_writable(uri: str) -> None:
+    """Probe a folder, as if it could be read only where IPD_RAY_TEST_READ_ONLY is set."""
+    if os.environ.get("IPD_RAY_TEST_READ_ONLY"):
+        raise PermissionError(errno.EACCES, "Permission denied", uri)
+    probe(uri)
+
+
 def write_pid(path: str, seconds: float) -> None:
     """Tell who works here, then take long."""
     Path(path).write_text(str(os.getpid()))
@@ -131,3 +137,15 @@ class SlowJob(DistillJob):
 
         trainer.update = slow_update  # type: ignore[method-assign]
         return trainer, imagined
+
+
+@dataclass(frozen=True)
+class LocatedJob(DistillJob):
+    """A distillation whose workers tell on which node they are, by the process id of its raylet."""
+
+    found: str
+    """Folder that gets a file of that name."""
+
+    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
+        (Path(self.found) / os.environ["RAY_RAYLET_PID"]).touch()
+        return super().trainer(reducer)

@@ -11,7 +11,13 @@ os.environ.update(
     MUJOCO_GL="disable",
 )
 
+import hashlib
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +130,11 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
         return str(store.commit(step, key, version=1, parts={}).path)
 
     values = ValuesConfig(updates=200, batch_size=64, width=16)
-    run_values(str(store.partial("values", key)), PLACE, tiny_log, values, 0)
+    run_values(str(store.folder("values", key)), PLACE, tiny_log, values, 0)
     model = WorldModelConfig(members=3, elites=2, width=16, layers=2, max_updates=60, eval_every=30)
-    run_world_model(str(store.partial("world_model", key)), PLACE, tiny_log, model, 0)
+    run_world_model(str(store.folder("world_model", key)), PLACE, tiny_log, model, 0)
     imagine = ImagineConfig(length=4, shard_size=10)
-    work = store.partial("imagine", key)
+    work = store.folder("imagine", key)
     values_path, model_path = commit("values"), commit("world_model")
     specs = run_select(str(work), PLACE, tiny_log, values_path, SelectConfig(starts=40, episode_cap=0.5), imagine, 0)
     planner = PlannerConfig(candidates=8, horizon=3)
@@ -137,6 +143,45 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
         task.function(**task.arguments)
     finish_imagination(PLACE.workspace(str(work)), len(specs))
     return Method(tiny_log, values_path, model_path, commit("imagine"), specs, imagine, planner)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """An S3-compatible server over HTTP on loopback; its address."""
+    pytest.importorskip("moto.server", reason="no S3-compatible server: pip install 'moto[s3]' flask flask-cors")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60.0
+        while time.monotonic() < end:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> str:
+    """An empty bucket that this process and its children may use, and an empty mirror; its URI."""
+    from pyarrow import fs
+
+    credentials = {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": s3_server, "IPD_RAY_CACHE": str(tmp_path / "mirror"),
+    }
+    for name, value in credentials.items():
+        monkeypatch.setenv(name, value)
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
+    return f"s3://{name}"
 
 
 @pytest.fixture(scope="session")

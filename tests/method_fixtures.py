@@ -200,7 +200,7 @@ def described(folder: Path) -> Artifact:
 
 
 def content(artifact: Artifact) -> dict[str, Any]:
-    """artifact.json of a folder that is not yet committed, so has no schema."""
+    """result.json of a folder that is not yet committed, so has no schema."""
     import json
 
-    return dict(json.loads((artifact.path / "artifact.json").read_text()))
+    return dict(json.loads((artifact.path / "result.json").read_text()))

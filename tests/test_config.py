@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from ipd_ray.config import RunConfig, as_yaml, build, field_names, flatten, load, preset_names
+from ipd_ray.config import RunConfig, as_yaml, build, field_names, flatten, label_selector, load, preset_names
 from ipd_ray.errors import UserError
 
 
@@ -83,6 +83,19 @@ def test_not_a_number_is_no_value():
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_changes_only_what_it_names(name: str):
     assert load(name) == build(flatten(yaml.safe_load(as_yaml(load(name)))))
+
+
+@pytest.mark.parametrize("labels", ["spot", "a=b,", "a=!b", "a=b, c=d", "a=b=c", "-a=b", "a/b/c=d"])
+@pytest.mark.parametrize("name", ["actor_labels", "worker_labels"])
+def test_labels_that_no_node_could_have_are_refused(name: str, labels: str):
+    with pytest.raises(UserError, match=rf"runtime\.{name}='{labels}' must be name=value pairs .* ray\.io/market"):
+        load(overrides=[f"runtime.{name}={labels}"])
+
+
+def test_labels_are_pairs():
+    assert load(overrides=["runtime.actor_labels=ray.io/market-type=spot,zone=a-1"]).runtime.actor_labels
+    assert label_selector("ray.io/market-type=spot,zone=a-1") == {"ray.io/market-type": "spot", "zone": "a-1"}
+    assert label_selector("") == {}
 
 
 def test_later_layers_win(tmp_path: Path):

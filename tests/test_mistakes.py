@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 import ipd_ray.api
 import ipd_ray.report
-from ipd_ray.artifacts import Lease
 from ipd_ray.cli import app
 from ipd_ray.data import minari_source
 from ipd_ray.data.export import episode_buffer, write_minari
 from ipd_ray.engine import TaskError
 from ipd_ray.errors import PartialError
+from ipd_ray.lease import Lease
 
 VECTOR, TORQUE = Box(-np.inf, np.inf, (2,), np.float32), Box(-1.0, 1.0, (1,), np.float32)
 

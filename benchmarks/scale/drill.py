@@ -29,7 +29,7 @@ from nodes import ACTOR, TRAIN_WORKER, Nodes, driver_environment
 from record import RESULTS, read, write
 
 from ipd_ray.artifacts import Artifact, read_jsonl
-from ipd_ray.data.shards import read_entry
+from ipd_ray.data.shards import read_entries
 
 SETTINGS = (
     "values.updates=300", "values.width=32", "values.batch_size=64",
@@ -106,20 +106,20 @@ class Run:
     def share(self, step: str) -> float:
         """How much of a step is done."""
         store = self.folder / "runs" / "store" / step
-        if any(p.parent.suffix != ".partial" for p in store.glob("*/artifact.json")):
+        if any(store.glob("*/artifact.json")):
             return 1.0
         if step == "imagine":
             shards = _setting(self._settings, "select.starts") / _setting(self._settings, "imagine.shard_size")
-            return len(list(store.glob("*.partial/shard-*.json"))) / shards
-        rows = [row for file in store.glob("*.partial/metrics.jsonl") for row in read_jsonl(file)]
+            return len(list(store.glob("*/shard-*.json"))) / shards
+        rows = [row for file in store.glob("*/metrics.jsonl") for row in read_jsonl(file)]
         return max((row["step"] / row["total"] for row in rows), default=0.0)
 
     def result(self) -> dict[str, Any]:
         """What must be the same for every run: digests of shards, learning curve, digest of the policy."""
         links = json.loads((self.folder / "runs" / "mine" / "links.json").read_text())
         imagined = Artifact(Path(links["imagine"]["path"]))
-        entries = [read_entry(imagined.path, i) for i in range(imagined.diagnostics["shards"])]
-        found: dict[str, Any] = {"dataset": imagined.digest, "shards": [e and e["digest"] for e in entries]}
+        entries = read_entries(imagined.folder)
+        found: dict[str, Any] = {"dataset": imagined.digest, "shards": [entries[i]["digest"] for i in sorted(entries)]}
         if self.until == "distill":
             policy = Artifact(Path(links["distill"]["path"]))
             curve = [(row["step"], row["imitation"]) for row in policy.curve()]

@@ -36,7 +36,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import write_columns
 from ipd_ray.data.minari_source import load
-from ipd_ray.data.shards import read_entry
+from ipd_ray.data.shards import read_entries
 from ipd_ray.engine import Engine, Task
 from ipd_ray.progress import Listeners, ShardProgress
 from ipd_ray.steps import (
@@ -49,6 +49,7 @@ from ipd_ray.steps import (
     run_values,
     run_world_model,
 )
+from ipd_ray.storage import Folder
 
 PLACE = Place("cpu", 1, 30.0)
 DISCARDED = 0.05
@@ -73,11 +74,11 @@ def planner_tasks(
 
     def path(step: str, learn: Callable[..., Any], config: Any) -> str:
         if store.find(step, key) is None:
-            learn(str(store.partial(step, key)), PLACE, log, config, 0)
+            learn(str(store.folder(step, key)), PLACE, log, config, 0)
             store.commit(step, key, version=1, parts={})
         found = store.find(step, key)
         assert found is not None
-        return str(found.path)
+        return str(found.folder)
 
     values = path("values", run_values, ValuesConfig(updates=200, width=32))
     model = WorldModelConfig(members=3, elites=2, width=32, layers=2, max_updates=100, eval_every=50)
@@ -115,8 +116,7 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
     timed = [Task(t.name, testing.timed, {"function": t.function, **t.arguments}) for t in tasks]
     failed = engine.map_shards(timed, done, progress.tick)
     assert not failed, failed
-    missing = [i for i in range(len(tasks)) if read_entry(work, i) is None]
-    assert not missing, missing
+    assert len(read_entries(Folder.of(work))) == len(tasks)
     since = int(len(tasks) * DISCARDED)
     left = len(times) - 1 - since
     began_finish = time.monotonic()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ipd_ray.data.transitions import Spec, Transitions
+from ipd_ray.storage import Folder
 
 SCHEMA = 1
 
@@ -57,6 +58,23 @@ def read_columns(path: Path) -> Transitions | None:
         return transitions
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def fetch_columns(folder: Folder, name: str) -> Transitions | None:
+    """Return a log of a store, or None as `read_columns` does. Fetched once a machine."""
+    if folder.remote and read_columns(folder.path / name) is None:
+        with folder.locked():
+            folder.pull([name])
+    return read_columns(folder.path / name)
+
+
+def keep_columns(folder: Folder, transitions: Transitions) -> str:
+    """Have a log in a store, written where it is missing; return its path or URI."""
+    path = columns_path(folder.path, transitions.content_hash)
+    if fetch_columns(folder, path.name) is None:
+        write_columns(path, transitions)
+        folder.push([path.name])
+    return str(folder / path.name)
 
 
 def _checksum(columns: Mapping[str, NDArray[Any]]) -> str:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ipd_ray.data.transitions import Bools, Floats, Ints, digest
 from ipd_ray.errors import UserError
+from ipd_ray.storage import Folder
 
 SCHEMA = 1
 
@@ -82,9 +83,8 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:05d}.parquet"
 
 
-def write_shard(folder: Path, shard: int, segments: Segments, summary: dict[str, Any]) -> str:
-    """Write a shard and then its manifest entry, both atomically; return the digest."""
-    content = segments.digest
+def write_shard(folder: Folder, shard: int, segments: Segments, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write a shard and then its manifest entry, both atomically; return the entry."""
     columns: dict[str, pa.Array] = {}
     for name, values in segments.columns().items():
         if values.ndim == 1:
@@ -92,28 +92,40 @@ def write_shard(folder: Path, shard: int, segments: Segments, summary: dict[str,
         else:  # Arrow tensors hold no booleans
             plain = values.astype(np.uint8) if values.dtype == np.bool_ else values
             columns[name] = pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(plain))
-    path = shard_path(folder, shard)
+    path = shard_path(folder.path, shard)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         pq.write_table(pa.table(columns), temporary, compression="none")
         os.replace(temporary, path)
-        entry = {"schema": SCHEMA, "shard": shard, "segments": len(segments), "digest": content, **summary}
-        entry_path = path.with_suffix(".json")
-        temporary.write_text(json.dumps(entry))
-        os.replace(temporary, entry_path)
     finally:
         temporary.unlink(missing_ok=True)
-    return content
+    if folder.remote:
+        folder.push([path.name])
+        path.unlink()  # it is read where the policy is distilled, not here
+    entry = {"schema": SCHEMA, "shard": shard, "segments": len(segments), "digest": segments.digest, **summary}
+    folder.write_text(path.with_suffix(".json").name, json.dumps(entry))
+    return entry
 
 
-def read_entry(folder: Path, shard: int) -> dict[str, Any] | None:
-    """Return a shard's manifest entry, or None where the shard is not there as a whole."""
+def read_entry(folder: Path, shard: int, beside: bool = True) -> dict[str, Any] | None:
+    """Return a shard's manifest entry, or None where the shard is not there as a whole; beside: on this machine."""
     path = shard_path(folder, shard)
     try:
         entry = json.loads(path.with_suffix(".json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    return entry if path.exists() and entry.get("schema") == SCHEMA else None
+    there = path.exists() or not beside
+    return entry if there and entry.get("schema") == SCHEMA else None
+
+
+def read_entries(folder: Folder) -> dict[int, dict[str, Any]]:
+    """Return the manifest entries of the shards that are there as a whole, by shard."""
+    there = folder.sizes() if folder.exists() else {}
+    names = [n for n in there if n.startswith("shard-") and n.endswith(".json")]
+    names = [n for n in names if n.removesuffix(".json") + ".parquet" in there]
+    folder.pull(names)
+    found = (read_entry(folder.path, int(n[6:-5]), beside=not folder.remote) for n in names)
+    return {int(entry["shard"]): entry for entry in found if entry is not None}
 
 
 def read_shard(folder: Path, shard: int, verify: bool = True) -> Segments:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental.internal_kv import _internal_kv_get
 
-from ipd_ray.config import RuntimeConfig
+from ipd_ray.config import RuntimeConfig, label_selector
 from ipd_ray.errors import UserError
+
+NODE_ID = "ray.io/node-id"
+"""Label that every node has, each its own."""
 
 
 def connect(address: str | None, *, dashboard: bool = False) -> bool:
@@ -30,20 +36,32 @@ def connect(address: str | None, *, dashboard: bool = False) -> bool:
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     if address is None:
         # "local": without it a stale cluster that Ray remembers would be joined.
-        ray.init(address="local", include_dashboard=dashboard, **quiet)
+        with _sigterm_kept():
+            ray.init(address="local", include_dashboard=dashboard, **quiet)
         return True
     try:
-        _knock(address)
-        ray.init(address=address, **quiet)
+        knock(address)
+        with _sigterm_kept():
+            ray.init(address=address, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"runtime.address={address!r}: no Ray cluster can be joined there ({_first_line(error)}): start one with "
+            f"runtime.address={address!r}: no Ray cluster can be joined there ({first_line(error)}): start one with "
             "`ray start --head`, or leave runtime.address out for a cluster of this machine."
         ) from error
     return True
 
 
-def _knock(address: str) -> None:
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep a handler of SIGTERM: ray.init puts its own in its place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before):
+        with suppress(ValueError):  # not the main thread: Ray has left it alone, too
+            signal.signal(signal.SIGTERM, before)
+
+
+def knock(address: str) -> None:
     """Raise OSError where nobody listens: Ray would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
@@ -66,6 +84,7 @@ class Node:
 
     cpus: float
     gpus: float
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     def slots(self, threads: int, gpus: float) -> int:
         """Return how many workers of `threads` CPUs and `gpus` GPUs fit."""
@@ -80,6 +99,10 @@ class Cluster:
     nodes: tuple[Node, ...]
     autoscaled: bool
     """More may come, of kinds and numbers that the cluster does not tell."""
+
+    def where(self, labels: Mapping[str, str]) -> Cluster:
+        """Return the part of it that has these labels."""
+        return replace(self, nodes=tuple(n for n in self.nodes if labels.items() <= n.labels.items()))
 
     def slots(self, threads: int, gpus: float) -> int:
         """Return how many workers of `threads` CPUs and `gpus` GPUs fit now."""
@@ -97,8 +120,8 @@ class Cluster:
 
 def inspect() -> Cluster:
     """Return what the joined cluster is."""
-    resources = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return Cluster(tuple(Node(r.get("CPU", 0.0), r.get("GPU", 0.0)) for r in resources), _autoscaled())
+    alive = [(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"]]
+    return Cluster(tuple(Node(r.get("CPU", 0.0), r.get("GPU", 0.0), labels) for r, labels in alive), _autoscaled())
 
 
 def _autoscaled() -> bool:
@@ -120,28 +143,43 @@ def check(runtime: RuntimeConfig, device: str, cluster: Cluster) -> None:
     """Raise UserError for what the cluster can never give. An autoscaler may give anything."""
     if cluster.autoscaled:
         return
+    actors = _labelled(cluster, "actor_labels", runtime.actor_labels)
+    workers = _labelled(cluster, "worker_labels", runtime.worker_labels)
     cuda = device.startswith("cuda")
-    if cuda and not cluster.slots(1, runtime.gpus_per_actor):
+    if cuda and not actors.slots(1, runtime.gpus_per_actor):
         raise UserError(
-            f"runtime.device={device} needs a GPU beside a CPU, the cluster has {cluster}: add a node with a GPU, or "
+            f"runtime.device={device} needs a GPU beside a CPU, the cluster has {actors}: add a node with a GPU, or "
             "set runtime.device=cpu."
         )
     per_actor = runtime.gpus_per_actor if cuda else 0.0
-    if not cluster.slots(runtime.threads, per_actor):
-        most = int(max((n.cpus for n in cluster.nodes), default=0.0))
+    if not actors.slots(runtime.threads, per_actor):
+        most = int(max((n.cpus for n in actors.nodes), default=0.0))
         raise UserError(
             f"runtime.threads={runtime.threads} must be at most {most}, the CPUs of the largest node: lower "
             "runtime.threads or add a larger node."
         )
     threads, per_worker = max(1, runtime.train_threads), 1.0 if cuda else 0.0
-    most = cluster.slots(threads, per_worker)
+    most = workers.slots(threads, per_worker)
     if runtime.workers > most:
         each = f"{threads} CPU{'s' * (threads > 1)}" + " and a GPU" * cuda
         raise UserError(
-            f"runtime.workers={runtime.workers} must be at most {most}: each takes {each}, the cluster has {cluster}: "
+            f"runtime.workers={runtime.workers} must be at most {most}: each takes {each}, the cluster has {workers}: "
             f"lower runtime.workers{' or runtime.train_threads' * (threads > 1)}, or add nodes."
         )
 
 
-def _first_line(error: BaseException) -> str:
+def _labelled(cluster: Cluster, name: str, labels: str) -> Cluster:
+    """Return the nodes with these labels. Raises UserError where there is none."""
+    found = cluster.where(label_selector(labels))
+    if not found.nodes:
+        have = sorted({f"{k}={v}" for n in cluster.nodes for k, v in n.labels.items() if k != NODE_ID})
+        raise UserError(
+            f"runtime.{name}={labels}: no node has these labels, there are {', '.join(have) or 'none'}: start one with "
+            f"`ray start --labels {labels}`, or leave runtime.{name} out."
+        )
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

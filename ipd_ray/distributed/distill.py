@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,11 +16,13 @@ import torch
 from ray.exceptions import RayError
 from torch import Tensor
 
-from ipd_ray.artifacts import Workspace, load_checkpoint
+from ipd_ray.artifacts import RESULT, Workspace, load_checkpoint
 from ipd_ray.distill.fit import Reducer, fit_policy
-from ipd_ray.distributed.cluster import cpus
+from ipd_ray.distributed.cluster import NODE_ID, cpus
 from ipd_ray.engine import TaskError
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import Folder
+from ipd_ray.training import set_threads
 
 FAILURES = 3
 """Deaths of a worker that a training survives; a machine that was taken back (spot) does not count."""
@@ -48,8 +49,8 @@ class TorchReducer:
 class TrainWorkspace(Workspace):
     """A workspace whose checkpoints Ray Train keeps. Each worker has one, the first alone writes the learning curve."""
 
-    def __init__(self, path: Path, checkpoint_seconds: float, reducer: Reducer, device: str):
-        super().__init__(path, checkpoint_seconds)
+    def __init__(self, place: str, checkpoint_seconds: float, reducer: Reducer, device: str):
+        super().__init__(place, checkpoint_seconds)
         self._reducer, self._device = reducer, device
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -59,7 +60,7 @@ class TrainWorkspace(Workspace):
                 restored = load_checkpoint(Path(folder))
         if self._reducer.rank == 0:
             self.rewind(restored[1] if restored else {})
-            (self.path / "artifact.json").unlink(missing_ok=True)  # of a worker that died after finishing
+            self.folder.remove_file(RESULT)  # of a worker that died after finishing
         return restored
 
     def due(self) -> bool:
@@ -89,7 +90,8 @@ def train_worker(job: DistillJob) -> None:
     if job.place.device.startswith("cuda"):
         job = replace(job, place=replace(job.place, device=str(ray.train.torch.get_device())))
     reducer, place = TorchReducer(), job.place
-    workspace = TrainWorkspace(place.workspace(job.work).path, place.checkpoint_seconds, reducer, place.device)
+    set_threads(place.threads)
+    workspace = TrainWorkspace(job.work, place.checkpoint_seconds, reducer, place.device)
     trainer, imagined = job.trainer(reducer)
     for _ in fit_policy(trainer, job.distill, workspace):
         pass
@@ -97,17 +99,21 @@ def train_worker(job: DistillJob) -> None:
         job.finish(workspace, trainer, imagined)
 
 
-def fit(job: DistillJob, workers: int, failures: int) -> None:
+def fit(job: DistillJob, workers: int, failures: int, labels: Mapping[str, str]) -> None:
     """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
-    cuda, work = job.place.device.startswith("cuda"), Path(job.work)
+    cuda, work = job.place.device.startswith("cuda"), Folder.of(job.work)
+    filesystem, path = (work / FOLDER).arrow
     resources = {"CPU": cpus(job.place.threads), "GPU": float(cuda)}
     trainer = ray.train.torch.TorchTrainer(
         partial(train_worker, job),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # read as Train V1's, which has no labels
+            num_workers=workers, use_gpu=cuda, resources_per_worker=resources, label_selector=dict(labels) or None
+        ),
         run_config=ray.train.RunConfig(
-            name=f"distill-{work.name.removesuffix('.partial')}",
-            storage_path=str(work / FOLDER),
+            name=f"distill-{work.name}",
+            storage_path=path,
+            storage_filesystem=filesystem if work.remote else None,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=failures),
         ),
@@ -115,16 +121,20 @@ def fit(job: DistillJob, workers: int, failures: int) -> None:
     trainer.fit()
 
 
-def distill(job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES) -> None:
-    """Carry step 5 out with `workers` workers; `tick` is called twice a second. Raises TaskError where it fails.
+def distill(
+    job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES,
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Carry step 5 out with `workers` workers on nodes with `labels`; `tick` is called twice a second. Raises TaskError
+    where it fails.
 
     `fit` has a process of its own: this one stays free to tick and to be interrupted.
     """
-    work = Path(job.work)
-    if not (work / "artifact.json").exists():  # else a driver died between finishing and committing
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    work = Folder.of(job.work)
+    if not work.exists(RESULT):  # else a driver died between finishing and committing
+        here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        running = start.remote(job, workers, failures)
+        running = start.remote(job, workers, failures, labels or {})
         try:
             while not ray.wait([running], timeout=0.5)[0]:
                 tick()
@@ -136,4 +146,4 @@ def distill(job: DistillJob, workers: int, tick: Callable[[], None], failures: i
             ray.wait([running], timeout=STOP_SECONDS)
             ray.cancel(running, force=True)
             raise
-    shutil.rmtree(work / FOLDER, ignore_errors=True)  # Ray's state holds pickles: not for an artifact
+    (work / FOLDER).remove()  # Ray's state holds pickles: not for an artifact

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from ipd_ray.config import RuntimeConfig
+from ipd_ray.config import RuntimeConfig, label_selector
 from ipd_ray.distributed import cluster
 from ipd_ray.distributed.distill import distill
 from ipd_ray.distributed.pool import ActorPool
 from ipd_ray.engine import Task, drive, raise_failures
 from ipd_ray.steps import DistillJob
+from ipd_ray.storage import Folder
 
 AHEAD = 16
 """Actors asked for at least beyond the room there is, where an autoscaler may make room."""
@@ -35,7 +35,8 @@ class RayEngine:
                 cluster.disconnect()
             raise
         self._gpus = runtime.gpus_per_actor if self._cuda else 0.0
-        self._pool = ActorPool(self._limit, threads=runtime.threads, gpus=self._gpus)
+        self._actor_labels, self._worker_labels = map(label_selector, (runtime.actor_labels, runtime.worker_labels))
+        self._pool = ActorPool(self._limit, threads=runtime.threads, gpus=self._gpus, labels=self._actor_labels)
 
     def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
         raise_failures(tasks, self._drive(tasks, tick))
@@ -52,9 +53,10 @@ class RayEngine:
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         _require_absolute("distill", job.work)
         if not self._runtime.train_threads:  # all cores over the workers: the cluster's cores, not the driver's
-            threads = self._look().threads(self._runtime.workers, 1.0 if self._cuda else 0.0)
+            offered = self._look().where(self._worker_labels)
+            threads = offered.threads(self._runtime.workers, 1.0 if self._cuda else 0.0)
             job = replace(job, place=replace(job.place, threads=threads))
-        distill(job, self._runtime.workers, tick)
+        distill(job, self._runtime.workers, tick, labels=self._worker_labels)
 
     def crew(self) -> tuple[int, int]:
         starting = self._pool.starting
@@ -82,7 +84,7 @@ class RayEngine:
         """
         if self._runtime.actors:
             return self._runtime.actors
-        now = self._look()
+        now = self._look().where(self._actor_labels)
         room = now.slots(self._runtime.threads, self._gpus)
         return max(room + max(AHEAD, room) * now.autoscaled, self._runtime.min_actors)
 
@@ -93,5 +95,5 @@ class RayEngine:
 
 
 def _require_absolute(name: str, path: str) -> None:
-    if not Path(path).is_absolute():
-        raise ValueError(f"{name}: work={path!r} must be an absolute path: workers have folders of their own.")
+    if Folder.of(path).uri != path.rstrip("/"):
+        raise ValueError(f"{name}: work={path!r} must be an absolute path or a URI: workers have folders of their own.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +43,14 @@ class _Actor:
 class ActorPool:
     """Grows by what waits; actors that find no room are the autoscaler's demand. Idle ones go when nothing waits."""
 
-    def __init__(self, limit: Callable[[], int], *, threads: int, gpus: float):
-        """limit: how many actors there may be, asked again and again. threads, gpus: what each one takes."""
+    def __init__(
+        self, limit: Callable[[], int], *, threads: int, gpus: float, labels: Mapping[str, str] | None = None
+    ):
+        """limit: how many actors there may be, asked again and again. threads, gpus: what each one takes. labels: of
+        the nodes that they may live on."""
         self._limit = limit
-        self._make: Any = ray.remote(num_cpus=cpus(threads), num_gpus=gpus, max_restarts=0)(Worker)
+        options: dict[str, Any] = {"num_cpus": cpus(threads), "num_gpus": gpus, "label_selector": dict(labels or {})}
+        self._make: Any = ray.remote(max_restarts=0, **options)(Worker)
         self.least = 0
         """Actors that are started and kept even where fewer tasks wait."""
         self._actors: set[_Actor] = set()

@@ -17,6 +17,7 @@ from ipd_ray.data.transitions import Spec
 from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.errors import UserError
 from ipd_ray.layers import block_generator
+from ipd_ray.storage import ARTIFACT, Folder
 from ipd_ray.training import resolve_device
 from ipd_ray.values.fit import frozen, load_values
 
@@ -64,14 +65,14 @@ class Policy:
     def load(
         cls, path: str | Path, device: str = "auto", *, candidates: int = 1, candidate_std: float = 0.1
     ) -> Policy:
-        """Read a policy artifact: the `policy` folder of a run. Raises UserError where there is none.
+        """Read a policy artifact: the `policy` folder of a run, by path or URI. Raises UserError where there is none.
 
         candidates, candidate_std: as in `evaluate.candidates`; 1 takes the policy's own action.
         """
-        folder = Path(path)
-        if (folder / "policy" / "artifact.json").exists():
+        folder = Folder.of(path)
+        if folder.exists(f"policy/{ARTIFACT}"):
             folder = folder / "policy"
-        if not (folder / "artifact.json").exists():
+        if not folder.exists(ARTIFACT):
             raise UserError(f"{path} holds no policy: give the folder of a finished run, or its policy/ folder.")
         artifact = Artifact(folder)
         described = artifact.described

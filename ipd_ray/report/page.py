@@ -15,12 +15,13 @@ from ipd_ray.report.markup import escape, maybe, panel, panels_of, percent, rema
 from ipd_ray.report.sections import NO_FILM, SECTIONS
 from ipd_ray.report.source import VARIANTS, View, fingerprint_of, number, open_views, readable
 from ipd_ray.runs import human_seconds
+from ipd_ray.storage import Folder
 
 _HERE = Path(__file__).parent
 _UNIT_INTERVAL = 1.96
 
 
-def build_report(folders: Sequence[Path], output: Path) -> Path:
+def build_report(folders: Sequence[str | Path | Folder], output: Path) -> Path:
     """Write the report of one run folder, or of several side by side, and return its path.
 
     A report that is there and would come out the same is left as it is. Raises UserError for a folder that is no run.

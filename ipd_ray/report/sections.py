@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ipd_ray.artifacts import TENSORS, Artifact
 from ipd_ray.report import figures
 from ipd_ray.report.film import Film, film
 from ipd_ray.report.findings import MIN_UNCERTAINTY_RANK
 from ipd_ray.report.markup import escape, panel, panels_of, percent, remark
 from ipd_ray.report.source import VARIANTS, View, number, readable
+from ipd_ray.storage import ARTIFACT
 
 NO_FILM = "No film:"
 _NOT_LEARNT = (
@@ -394,7 +395,9 @@ def _film_section(view: View) -> str:
     if not (folder / "artifact.json").is_file():
         if view.part("distill") is None and view.part("choose") is None:
             return remark(f"No policy to show: {escape(view.why_missing('distill'))}.")
-        folder = Path(view.links["choose" if view.part("choose") else "distill"]["path"])
+        artifact = Artifact(view.links["choose" if view.part("choose") else "distill"]["path"])
+        artifact.pull([ARTIFACT, TENSORS])
+        folder = artifact.path
     s = view.settings
     returns = view.returns("policy")
     middle = 0 if returns is None else int(np.argsort(returns)[len(returns) // 2])

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import RunConfig, load
-from ipd_ray.data.columns import columns_path, read_columns
-from ipd_ray.data.shards import Segments, concatenate, read_entry, read_shard
+from ipd_ray.data.columns import columns_path, fetch_columns
+from ipd_ray.data.shards import Segments, concatenate, read_entries, read_shard, shard_path
 from ipd_ray.data.transitions import Log, prepare
 from ipd_ray.errors import UserError
 from ipd_ray.runs import CURVES, RunFolder
+from ipd_ray.storage import Folder
 
 VARIANTS = {"policy": "policy", "bc": "BC", "no_imagination": "no imagination"}
 """Names in summary.json, and what a reader sees."""
@@ -53,7 +54,7 @@ class View:
     def _parts(self) -> dict[str, dict[str, Any] | str]:
         parts: dict[str, dict[str, Any] | str] = {}
         for name, link in self.links.items():
-            artifact = Artifact(Path(link["path"]))
+            artifact = Artifact(link["path"])
             try:
                 parts[name] = artifact.described
             except FileNotFoundError:
@@ -105,7 +106,8 @@ class View:
         """The converted log, or None where the store has it no longer."""
         if self.config is None:
             return None
-        found = read_columns(columns_path(self.run.store / "data", self.identity["content_hash"]))
+        data = self.run.store / "data"
+        found = fetch_columns(data, columns_path(data.path, self.identity["content_hash"]).name)
         return prepare(found, self.config.data, int(self.identity["seed"])) if found else None
 
     @cached_property
@@ -132,10 +134,8 @@ class View:
             curves.setdefault(str(row.get("part", "")), []).append(row)
         for name, link in self.links.items():
             if name not in curves and self.part(name) is not None:
-                folder = Path(link["path"])
-                curves[name] = (
-                    _shard_curve(folder, self.diagnostics(name)) if name == "imagine" else Artifact(folder).curve()
-                )
+                artifact = Artifact(link["path"])
+                curves[name] = _shard_curve(artifact) if name == "imagine" else artifact.curve()
         return {name: sorted(rows, key=lambda r: r["step"]) for name, rows in curves.items() if rows}
 
     def returns(self, variant: str) -> NDArray[np.float64] | None:
@@ -155,14 +155,14 @@ class View:
         described = self.part("imagine")
         if described is None:
             return None
-        folder = Path(self.links["imagine"]["path"])
-        shards = int(described["diagnostics"].get("shards", 0))
-        there = [i for i in range(shards) if read_entry(folder, i)]
+        artifact = Artifact(self.links["imagine"]["path"])
+        there = sorted(read_entries(artifact.folder))
         total = max(1, int(described["diagnostics"].get("segments", 0)))
         wanted = min(len(there), max(1, len(there) * _MOST_SEGMENTS // total))
         chosen = [there[i] for i in np.linspace(0, len(there) - 1, wanted).astype(int)] if there else []
+        artifact.pull([shard_path(artifact.path, i).name for i in chosen])
         try:
-            return concatenate([read_shard(folder, i, verify=False) for i in chosen]) if chosen else None
+            return concatenate([read_shard(artifact.path, i, verify=False) for i in chosen]) if chosen else None
         except (OSError, KeyError, ValueError):
             return None
 
@@ -184,21 +184,22 @@ class View:
         )
 
 
-def _shard_curve(folder: Path, diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    entries = [read_entry(folder, shard) for shard in range(int(diagnostics.get("shards", 0)))]
-    return [{"step": i + 1, "reward_gain": entry["reward_gain"]} for i, entry in enumerate(entries) if entry]
+def _shard_curve(artifact: Artifact) -> list[dict[str, Any]]:
+    entries = sorted(read_entries(artifact.folder).items())
+    return [{"step": shard + 1, "reward_gain": entry["reward_gain"]} for shard, entry in entries]
 
 
-def open_views(folders: Sequence[Path]) -> list[View]:
+def open_views(folders: Sequence[str | Path | Folder]) -> list[View]:
     """Return the runs, each under a name of its own. Raises UserError for a folder that is no run."""
-    paths = [Path(folder).absolute() for folder in folders]
-    if not paths:
+    places = [Folder.of(folder) for folder in folders]
+    if not places:
         raise UserError("a report needs a run folder: `ipd-ray runs ls` lists the runs.")
-    plain = [path.name for path in paths]
-    names = [f"{path.parent.name}/{path.name}" if plain.count(path.name) > 1 else path.name for path in paths]
-    views = [View(RunFolder(path), name) for path, name in zip(paths, names, strict=True)]
+    plain = [place.name for place in places]
+    names = [f"{place.parent.name}/{place.name}" if plain.count(place.name) > 1 else place.name for place in places]
+    views = [View(RunFolder(place), name) for place, name in zip(places, names, strict=True)]
     for view in views:
         _ = view.identity  # refuses what is no run
+        view.run.pull()
     return views
 
 

@@ -22,6 +22,7 @@ from ipd_ray.data.shards import (
     write_shard,
 )
 from ipd_ray.errors import UserError
+from ipd_ray.storage import Folder
 
 
 def random_segments(count: int = 3, length: int = 2, seed: int = 0) -> Segments:
@@ -45,7 +46,7 @@ def assert_same(one: Segments, other: Segments) -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_shard_comes_back_as_it_was_written(count: int, tmp_path: Path):
     segments = random_segments(count)
-    content = write_shard(tmp_path, 7, segments, {"reward_gain": 0.5})
+    content = write_shard(Folder.of(tmp_path), 7, segments, {"reward_gain": 0.5})["digest"]
     assert_same(read_shard(tmp_path, 7), segments)
     entry = read_entry(tmp_path, 7)
     assert entry is not None and content == segments.digest
@@ -56,7 +57,7 @@ def test_a_shard_comes_back_as_it_was_written(count: int, tmp_path: Path):
 def test_equal_segments_are_equal_bytes(tmp_path: Path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        write_shard(tmp_path / name, 0, random_segments(), {})
+        write_shard(Folder.of(tmp_path / name), 0, random_segments(), {})
     one, two = (sorted(p.read_bytes() for p in (tmp_path / name).iterdir()) for name in ("one", "two"))
     assert one == two
 
@@ -81,7 +82,7 @@ def test_the_entry_is_written_after_the_shard(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path, 0, random_segments(), {})
+        write_shard(Folder.of(tmp_path), 0, random_segments(), {})
     assert order == [".parquet", ".json"]
     # Killed in between: the shard does not count, and nothing else is left behind.
     assert read_entry(tmp_path, 0) is None
@@ -89,7 +90,7 @@ def test_the_entry_is_written_after_the_shard(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_shard_without_its_entry_does_not_count(tmp_path: Path):
-    write_shard(tmp_path, 0, random_segments(), {})
+    write_shard(Folder.of(tmp_path), 0, random_segments(), {})
     entry = shard_path(tmp_path, 0).with_suffix(".json")
     text = entry.read_text()
     entry.unlink()
@@ -107,8 +108,8 @@ def test_a_shard_without_its_entry_does_not_count(tmp_path: Path):
 
 
 def test_a_shard_with_other_content_than_its_entry_says_is_refused(tmp_path: Path):
-    write_shard(tmp_path, 0, random_segments(), {})
-    write_shard(tmp_path, 1, random_segments(seed=1), {})
+    write_shard(Folder.of(tmp_path), 0, random_segments(), {})
+    write_shard(Folder.of(tmp_path), 1, random_segments(seed=1), {})
     os.replace(shard_path(tmp_path, 1), shard_path(tmp_path, 0))
     with pytest.raises(UserError, match="does not match its manifest entry"):
         read_shard(tmp_path, 0)
@@ -116,7 +117,7 @@ def test_a_shard_with_other_content_than_its_entry_says_is_refused(tmp_path: Pat
 
 def test_a_changed_byte_is_found(tmp_path: Path):
     segments = random_segments()
-    write_shard(tmp_path, 0, segments, {})
+    write_shard(Folder.of(tmp_path), 0, segments, {})
     path = shard_path(tmp_path, 0)
     content, column = bytearray(path.read_bytes()), segments.observation.tobytes()
     at = bytes(content).find(column[:16])
@@ -129,7 +130,7 @@ def test_a_changed_byte_is_found(tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_file_is_refused_with_the_remedy(damage: str, tmp_path: Path):
-    write_shard(tmp_path, 0, random_segments(), {})
+    write_shard(Folder.of(tmp_path), 0, random_segments(), {})
     path = shard_path(tmp_path, 0)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])

@@ -66,7 +66,7 @@ def test_shard_that_fails_three_times_is_set_aside_and_tried_again_by_the_next_r
     run = drill.Run(tmp_path / "run", "imagine", [*settings, "runtime.engine=ray", f"runtime.address={ray_cluster}"])
     planned = plan("demo", load(None, None, settings), run_dir=run.folder / "runs" / "mine", until="imagine")
     key = next(row["key"] for row in planned["steps"] if row["step"] == "imagine")
-    blocked = run.folder / "runs" / "store" / "imagine" / f"{key}.partial" / "shard-00002.parquet"
+    blocked = run.folder / "runs" / "store" / "imagine" / key / "shard-00002.parquet"
     blocked.mkdir(parents=True)
     run.start()
     with pytest.raises(RuntimeError, match="ended with 3"):

@@ -31,7 +31,7 @@ def on_ray(job: DistillJob, workers: int = 1, **more: int) -> None:
 
 
 def digest(work: Path) -> str:
-    return str(json.loads((work / "artifact.json").read_text())["digest"])
+    return str(json.loads((work / "result.json").read_text())["digest"])
 
 
 def losses(work: Path) -> np.ndarray:
@@ -60,7 +60,7 @@ def local_without_dropout(tiny_method, tmp_path_factory: pytest.TempPathFactory)
 
 
 def test_plans_are_distilled_in_these_tests(local: Path):
-    assert json.loads((local / "artifact.json").read_text())["diagnostics"]["imagined_ratio"] > 0
+    assert json.loads((local / "result.json").read_text())["diagnostics"]["imagined_ratio"] > 0
 
 
 def test_two_workers_learn_as_one_and_survive_a_kill(
@@ -100,7 +100,7 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
     seen = {row["step"]: row["time"] for row in read_jsonl(work / "metrics.jsonl")}
-    assert 6 <= len(seen) <= 13 and not (work / "artifact.json").exists()
+    assert 6 <= len(seen) <= 13 and not (work / "result.json").exists()
     engine = RayEngine(RuntimeConfig(engine="ray", train_threads=1), "cpu")
     engine.distill(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44), lambda: None)
     assert died.exists()

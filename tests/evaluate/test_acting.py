@@ -180,7 +180,7 @@ def test_values_are_in_raw_reward_units():
 def test_a_policy_is_loaded_from_a_run_and_nothing_else_is(tmp_path: Path):
     described, tensors = parts()
     store, key = Store(tmp_path / "store"), "0" * 64
-    Workspace(store.partial("distill", key)).finish(tensors, {}, **described)
+    Workspace(store.folder("distill", key)).finish(tensors, {}, **described)
     made = store.commit("distill", key, version=1, parts={})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "policy").symlink_to(made.path)
@@ -189,7 +189,7 @@ def test_a_policy_is_loaded_from_a_run_and_nothing_else_is(tmp_path: Path):
         assert np.array_equal(Policy.load(path, device="cpu").act(s), policy_of().act(s))
     with pytest.raises(UserError, match="holds no policy"):
         Policy.load(tmp_path)
-    Workspace(store.partial("values", key)).finish({"w": torch.ones(1)}, {})
+    Workspace(store.folder("values", key)).finish({"w": torch.ones(1)}, {})
     with pytest.raises(UserError, match="artifact of step 'values', not a policy"):
         Policy.load(store.commit("values", key, version=1, parts={}).path)
 

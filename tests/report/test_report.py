@@ -23,6 +23,7 @@ from ipd_ray.report.film import Film, film, record_or_reason
 from ipd_ray.report.findings import findings
 from ipd_ray.report.sections import SECTIONS
 from ipd_ray.report.source import open_views, readable
+from ipd_ray.storage import Folder
 from ipd_ray.values.networks import ValueFunctions
 
 HOSTILE = "<script>alert('x')</script>&\"mine\"/v0"
@@ -103,7 +104,7 @@ def write_run(
         (path / "artifact.json").write_text(json.dumps(described))
         links[name] = {"key": key, "path": str(path)}
     imagine = Path(links["imagine"]["path"])
-    write_shard(imagine, 0, segments(data), {"reward_gain": 0.5, "steps": 18})
+    write_shard(Folder.of(imagine), 0, segments(data), {"reward_gain": 0.5, "steps": 18})
     folder.mkdir()
     rows = [{"part": p, "step": i, "total": 20, "loss": 1 / i, "advantage": i - 5.0}
             for p in ("values", "world_model", "distill", "distill:bc") for i in (5, 10, 20)]

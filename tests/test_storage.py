@@ -1,0 +1,246 @@
+"""Runs and stores in an object store: a real S3-compatible server, and machines that share nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import LOG, SETTINGS, ipd_ray, write_log
+
+from ipd_ray import Policy, run
+from ipd_ray.artifacts import Artifact, Store, Workspace
+from ipd_ray.config import load
+from ipd_ray.errors import UserError
+from ipd_ray.lease import Lease
+from ipd_ray.storage import Folder, probe
+
+KEY = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def _minari(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path_factory.getbasetemp() / "storage-minari"
+    if not root.exists():
+        write_log(root)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+
+
+@pytest.fixture
+def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Call it to go on where nothing is mirrored."""
+
+    def move() -> None:
+        monkeypatch.setenv("IPD_RAY_CACHE", str(tmp_path / f"machine-{time.monotonic_ns()}"))
+
+    return move
+
+
+# ---- places
+
+
+@pytest.mark.parametrize(
+    ("place", "uri", "name", "parent"),
+    [
+        ("/runs/mine", "/runs/mine", "mine", "/runs"),
+        ("file:///runs/mine", "/runs/mine", "mine", "/runs"),
+        ("s3://bucket/runs/mine/", "s3://bucket/runs/mine", "mine", "s3://bucket/runs"),
+        ("s3://bucket/runs?region=x", "s3://bucket/runs?region=x", "runs", "s3://bucket?region=x"),
+        ("gs://bucket/a", "gs://bucket/a", "a", "gs://bucket"),
+    ],
+)
+def test_a_place_is_a_path_or_a_uri(place: str, uri: str, name: str, parent: str):
+    folder = Folder.of(place)
+    assert (folder.uri, folder.name, folder.parent.uri.rstrip("/")) == (uri, name, parent)
+    assert (folder / "x").parent.uri.rstrip("/") == uri.rstrip("/")
+
+
+def test_options_of_a_uri_stay_with_all_that_is_below():
+    assert (Folder.of("s3://b/runs?region=x") / "store" / "values").uri == "s3://b/runs/store/values?region=x"
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("s4://bucket/x", r"'s4://bucket/x': s4:// is not known: give a path, or s3://bucket/path or gs://bucket/path"),
+        ("s3:///x", r"must name a bucket and a path in it: s3://bucket/path"),
+        ("s3://bucket/../x", r"must name a bucket"),
+    ],
+)
+def test_an_unknown_place_is_refused(place: str, message: str):
+    with pytest.raises(UserError, match=message):
+        Folder.of(place)
+
+
+def test_mirrors_of_different_buckets_and_servers_are_apart():
+    places = ["s3://a/x", "s3://b/x", "gs://a/x", "s3://a/x?endpoint_override=one", "s3://a/x?endpoint_override=two"]
+    assert len({Folder.of(place).path for place in places}) == len(places)
+
+
+# ---- files
+
+
+def test_what_one_machine_pushes_another_pulls(bucket: str, another_machine):
+    folder = Folder.of(f"{bucket}/some")
+    folder.path.mkdir(parents=True)
+    names = [f"{i}.bin" for i in range(40)]
+    for i, name in enumerate(names):
+        (folder.path / name).write_bytes(bytes([i]) * 1000)
+    folder.push(names)
+    another_machine()
+    there = Folder.of(f"{bucket}/some")
+    assert there.path != folder.path and there.sizes() == dict.fromkeys(names, 1000)
+    there.pull([*names, "never.bin"])
+    assert [(there.path / name).read_bytes()[0] for name in names] == list(range(40))
+    assert not (there.path / "never.bin").exists()
+    there.remove()
+    assert not folder.exists() and folder.sizes() == {} and not there.path.exists()
+
+
+def test_a_bucket_that_is_not_there_is_refused_before_any_work(bucket: str):
+    with pytest.raises(UserError, match=r"s3://nowhere-at-all/runs/x cannot be written .*does the bucket exist"):
+        run(LOG, load(overrides=SETTINGS), run_dir="s3://nowhere-at-all/runs/x")
+    with pytest.raises(OSError):
+        probe("s3://nowhere-at-all/x")
+    probe(f"{bucket}/x")
+    assert Folder.of(f"{bucket}/x").sizes() == {}
+
+
+# ---- leases, workspaces, artifacts
+
+
+def test_of_two_that_take_a_lease_at_once_one_gets_it(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    leases = [Lease(f"{bucket}/folder") for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        owners = list(threads.map(Lease.acquire, leases))
+    assert owners.count(None) == 1
+    leases[owners.index(None)].release()
+    after = Lease(f"{bucket}/folder")
+    assert after.acquire() is None
+    after.release()
+    assert Folder.of(f"{bucket}/folder").sizes() == {}
+
+
+def test_a_step_goes_on_on_another_machine(bucket: str, another_machine):
+    import torch
+
+    before = Workspace(f"{bucket}/values/k")
+    for step in (10, 20):
+        before.log(step, 40, {"loss": 1.0 / step})
+    before.checkpoint(20, {"w": torch.tensor([2.0])})
+    before.log(30, 40, {"loss": 0.1})
+    another_machine()
+    after = Workspace(f"{bucket}/values/k")
+    restored = after.restore()
+    assert restored is not None and restored[0]["w"].tolist() == [2.0] and restored[1]["step"] == 20
+    assert [json.loads(row)["step"] for row in (after.path / "metrics.jsonl").read_text().splitlines()] == [10, 20]
+
+
+def test_an_artifact_made_anew_is_fetched_anew(bucket: str, another_machine):
+    import torch
+
+    def make(value: float) -> Artifact:
+        store = Store(f"{bucket}/store")
+        with store.claim({"values": KEY}) as folders:
+            Workspace(folders["values"]).finish({"w": torch.tensor([value])}, {})
+            return store.commit("values", KEY, version=1, parts={})
+
+    make(1.0)
+    first = os.environ["IPD_RAY_CACHE"]
+    another_machine()
+    found = Store(f"{bucket}/store").find("values", KEY)
+    assert found is not None and found.tensors(verify=True)["w"].tolist() == [1.0]
+    second, os.environ["IPD_RAY_CACHE"] = os.environ["IPD_RAY_CACHE"], first
+    Folder.of(f"{bucket}/store/values/{KEY[:24]}").remove()
+    make(3.0)
+    os.environ["IPD_RAY_CACHE"] = second
+    found = Store(f"{bucket}/store").find("values", KEY)
+    assert found is not None and found.tensors(verify=True)["w"].tolist() == [3.0]
+
+
+# ---- runs
+
+
+def digests(place: str | Path) -> dict[str, str]:
+    links = json.loads(Folder.of(place).read_text("links.json") or "{}")
+    return {name: Artifact(link["path"]).digest for name, link in links.items()}
+
+
+def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_serves_other_machines(
+    bucket: str, another_machine, tmp_path: Path
+):
+    config = load(overrides=SETTINGS)
+    local = run(LOG, config, run_dir=tmp_path / "runs" / "mine")
+    remote = run(LOG, config, run_dir=f"{bucket}/runs/mine")
+    assert digests(f"{bucket}/runs/mine") == digests(tmp_path / "runs" / "mine")
+    assert remote["policy"] == local["policy"] and remote["run_dir"] == f"{bucket}/runs/mine"
+    names = {"config.yaml", "run.json", "links.json", "metrics.jsonl", "run.log", "summary.json", "report.html"}
+    there = Folder.of(f"{bucket}/runs/mine").sizes()
+    assert names | {"policy/artifact.json", "policy/tensors.safetensors"} <= there.keys()
+    left = {name for name in Folder.of(f"{bucket}/runs").sizes() if "checkpoint" in name or "lease" in name}
+    assert not left
+
+    another_machine()
+    assert not Folder.of(bucket).path.exists()
+    seen = np.zeros((2, 3), np.float32)
+    policies = [Policy.load(place).act(seen) for place in (f"{bucket}/runs/mine", tmp_path / "runs" / "mine")]
+    assert (policies[0] == policies[1]).all()
+    again = run(LOG, config, run_dir=f"{bucket}/runs/other")  # shares the store
+    assert again["policy"] == local["policy"]
+    other_log = (Folder.of(f"{bucket}/runs/other").read_text("run.log") or "").splitlines()
+    assert sum("reused" in line for line in other_log) == 7 and not any("done in" in line for line in other_log)
+
+
+def say(*words: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["python", "-m", "ipd_ray.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_commands_read_what_lies_in_a_bucket(bucket: str, another_machine, tmp_path: Path):
+    run(LOG, load(overrides=SETTINGS), run_dir=f"{bucket}/runs/mine")
+    run(LOG, load(overrides=[*SETTINGS, "seed=1"]), run_dir=f"{bucket}/runs/other", until="values")
+    another_machine()
+    listed = json.loads(say("runs", "ls", "--runs-dir", f"{bucket}/runs", "--json", cwd=tmp_path))
+    assert [row["run"] for row in listed] == [f"{bucket}/runs/mine", f"{bucket}/runs/other"]
+    assert "seed" in say("runs", "diff", "mine", "other", "--runs-dir", f"{bucket}/runs", cwd=tmp_path)
+    written = say("report", f"{bucket}/runs/mine", "-o", "page.html", cwd=tmp_path)
+    assert "page.html" in written and "accept rate" in (tmp_path / "page.html").read_text().lower()
+    used = json.loads(say("store", "ls", "--runs-dir", f"{bucket}/runs", "--json", cwd=tmp_path))
+    assert {item["state"] for item in used} == {"done"} and all(item["runs"] for item in used)
+    say("runs", "rm", f"{bucket}/runs/other", "--yes", cwd=tmp_path)
+    freed = say("store", "prune", "--runs-dir", f"{bucket}/runs", "--yes", cwd=tmp_path)
+    assert freed.count("values") == 1 and "freed" in freed
+    assert set(digests(f"{bucket}/runs/mine")) >= {"values", "distill", "evaluate"}  # all still there
+
+
+def test_a_run_killed_on_one_machine_goes_on_on_another(bucket: str, another_machine, tmp_path: Path):
+    slow = [*SETTINGS, "values.updates=1500", "runtime.checkpoint_seconds=0.2"]
+    command = ["run", LOG, *slow, "--run-dir", f"{bucket}/runs/mine"]
+    process = ipd_ray(*command, cwd=tmp_path)
+    store = Folder.of(f"{bucket}/runs/store")
+    end = time.monotonic() + 60.0
+    while not any(n.startswith("values/") and n.endswith("checkpoint.safetensors") for n in store.sizes()):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(os.environ["IPD_RAY_CACHE"])
+    another_machine()
+    steps_before = [n for n in store.sizes() if n.endswith("metrics.jsonl")]
+    assert steps_before
+    process = ipd_ray(*command, cwd=tmp_path)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    undisturbed = run(LOG, load(overrides=slow), run_dir=tmp_path / "undisturbed")
+    assert digests(f"{bucket}/runs/mine") == digests(undisturbed["run_dir"])
