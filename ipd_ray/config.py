@@ -326,8 +326,11 @@ class RuntimeConfig(Section):
     """Torch device of every step; auto: cuda where there is one, else cpu."""
     workers: PositiveInt = 1
     """Distillation workers of the ray engine; the batch is shared among them."""
-    actors: Annotated[int, Field(ge=0)] = 0
-    """Imagination actors (ray) or processes (local); 0: as many as there are cores, or GPUs on cuda."""
+    actors: NonNegativeInt = 0
+    """Imagination actors (ray) or processes (local) at most; 0: as many as there are cores, or GPUs on cuda, and on an
+    autoscaled cluster as many again, as often as they find room. Never more than shards wait."""
+    min_actors: NonNegativeInt = 0
+    """Imagination actors (ray) that are kept until the last shard is done; 0: each goes when no shard waits."""
     gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """Share of a GPU an imagination actor takes, on cuda."""
     threads: PositiveInt = 1
@@ -387,6 +390,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"accept.min_length={self.accept.min_length} must lie in [1, imagine.length={self.imagine.length}]: "
                 "lower accept.min_length or raise imagine.length."
+            )
+        if 0 < self.runtime.actors < self.runtime.min_actors:
+            raise ValueError(
+                f"runtime.min_actors={self.runtime.min_actors} must be at most runtime.actors={self.runtime.actors}: "
+                "lower runtime.min_actors, or raise runtime.actors (0: no limit)."
             )
         if self.runtime.workers > self.distill.batch_size:
             raise ValueError(

@@ -9,12 +9,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ipd_ray.steps import DistillJob, run_distill
 
@@ -35,9 +35,9 @@ class Outcome:
     task: int
     result: Any = None
     error: str | None = None
-    """Traceback of what the function raised."""
-    lost: bool = False
-    """The worker died; the task itself may be fine."""
+    """Traceback of what the function raised; of a lost attempt, what is known of its end."""
+    lost: Literal["worker", "machine"] | None = None
+    """What died under it: the worker alone, which may be the task's doing, or the machine, which hardly is."""
 
 
 class Workers(Protocol):
@@ -58,6 +58,9 @@ class TaskError(RuntimeError):
 
 
 ATTEMPTS = 3
+MACHINES = 10
+"""Machines that may go down under one task: where they are taken back, a task that lasts a tenth as long as they do
+meets with ten in a row once in 1e10 times, and one that takes them down itself ends."""
 
 
 def drive(
@@ -70,28 +73,34 @@ def drive(
 ) -> dict[int, str]:
     """Carry out all tasks, starting again what a dead worker lost; return {task: traceback} of those set aside.
 
-    A task is tried ATTEMPTS times, once only where it raises and `retry_errors` is not set. `done` is called with each
-    result, `tick` at least twice a second.
+    A task is set aside when it has raised or lost its worker ATTEMPTS times (raised once, where `retry_errors` is not
+    set), or lost MACHINES machines. `done` is called with each result, `tick` at least twice a second.
     """
     waiting = deque(range(len(tasks)))
-    attempts = [0] * len(tasks)
+    failures, machines = Counter[int](), Counter[int]()
     running: set[int] = set()
     failed: dict[int, str] = {}
     while waiting or running:
-        while waiting and workers.capacity(len(waiting)) > 0:
+        for _ in range(min(len(waiting), workers.capacity(len(waiting)))):
             number = waiting.popleft()
-            attempts[number] += 1
             workers.start(number, tasks[number])
             running.add(number)
         for outcome in workers.wait(0.5):
-            running.discard(outcome.task)
-            if outcome.error is None and not outcome.lost:
+            number, lost = outcome.task, outcome.lost
+            running.discard(number)
+            if outcome.error is None and not lost:
                 if done:
-                    done(outcome.task, outcome.result)
-            elif attempts[outcome.task] < ATTEMPTS and (outcome.lost or retry_errors):
-                waiting.append(outcome.task)
+                    done(number, outcome.result)
+                continue
+            count, limit = (machines, MACHINES) if lost == "machine" else (failures, ATTEMPTS)
+            count[number] += 1
+            if count[number] < limit and (lost or retry_errors):
+                waiting.append(number)
+            elif lost:
+                said = f"\n{outcome.error}" if outcome.error else ""
+                failed[number] = f"{tasks[number].name}: its {lost} died {count[number]} times{said}"
             else:
-                failed[outcome.task] = outcome.error or f"{tasks[outcome.task].name}: its worker died {ATTEMPTS} times"
+                failed[number] = outcome.error or ""
         if tick:
             tick()
     return failed
@@ -113,6 +122,9 @@ class Engine(Protocol):
 
     def require_storage(self, places: Sequence[str]) -> None:
         """Raise UserError naming the machine that cannot read and write one of these paths or URIs."""
+
+    def crew(self) -> tuple[int, int]:
+        """Return how many workers are up, and how many more were asked for."""
 
     def close(self) -> None:
         """Let go of workers."""
@@ -143,6 +155,9 @@ class LocalEngine:
     def require_storage(self, places: Sequence[str]) -> None:
         """Its only machine has been looked at."""
 
+    def crew(self) -> tuple[int, int]:
+        return len(self._pool), 0
+
     def close(self) -> None:
         self._pool.close()
 
@@ -169,6 +184,9 @@ class ProcessPool:
         self._workers: list[_Worker] = []
         self._numbers = itertools.count()
 
+    def __len__(self) -> int:
+        return len(self._workers)
+
     def capacity(self, waiting: int) -> int:
         return self._size - sum(w.task is not None for w in self._workers)
 
@@ -194,7 +212,7 @@ class ProcessPool:
             if lost:
                 self._workers.remove(worker)
                 worker.pipe.close()
-            outcomes.append(Outcome(number if number is not None else -1, result, error, lost))
+            outcomes.append(Outcome(number if number is not None else -1, result, error, "worker" if lost else None))
         return outcomes
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,10 +22,12 @@ BURST_SECONDS = 1.0
 
 
 class Pace:
-    """Rate and time left of one step, from what is done in this process."""
+    """Rate and time left of one step, from what was done in this process in the last minute: workers come and go."""
+
+    WINDOW, STEP = 60.0, 1.0
 
     def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
+        self._heard: deque[tuple[float, float]] = deque()
         self.done = self.total = 0.0
         self.rate = 0.0
 
@@ -32,10 +35,15 @@ class Pace:
         """Hear that `done` of `total` is done now."""
         now = time.monotonic()
         self.done, self.total = done, total
-        if self._first is None or (now - self._first[0] < BURST_SECONDS and self.rate == 0.0):
-            self._first = (self._first[0] if self._first else now, done)
+        if not self._heard or (now - self._heard[0][0] < BURST_SECONDS and self.rate == 0.0):
+            self._heard = deque([(self._heard[0][0] if self._heard else now, done)])
             return
-        self.rate = (done - self._first[1]) / max(now - self._first[0], 1e-9)
+        while len(self._heard) > 1 and now - self._heard[1][0] >= self.WINDOW:
+            self._heard.popleft()
+        since, before = self._heard[0]
+        self.rate = (done - before) / max(now - since, 1e-9)
+        if now - self._heard[-1][0] >= self.STEP:
+            self._heard.append((now, done))
 
     @property
     def left(self) -> float:
@@ -144,14 +152,17 @@ class RichTerminal:
         self._progress.stop()
 
 
-_HEADLINE = (
-    "v_loss", "nll", "holdout_error", "reward_gain", "imitation", "q_pi", "imagined_steps_per_second",
-)
+_HEADLINE = {
+    "v_loss": "v_loss {:,.3g}", "nll": "nll {:,.3g}", "holdout_error": "holdout_error {:,.3g}",
+    "imitation": "imitation {:,.3g}", "q_pi": "q_pi {:,.3g}",
+    "imagined_steps_per_second": "{:,.0f} imagined steps/s", "accept_rate": "{:.0%} accepted",
+    "actors": "{:.0f} actors",
+}
 
 
 def _shown(metrics: Mapping[str, float]) -> str:
-    """The two numbers that say most about a step."""
-    found = [f"{name} {metrics[name]:,.3g}" for name in _HEADLINE if name in metrics][:2]
+    """The numbers that say most about a step."""
+    found = [text.format(metrics[name]) for name, text in _HEADLINE.items() if name in metrics]
     return "  " + "  ".join(found) if found else ""
 
 

@@ -24,12 +24,13 @@ from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.imagine.rollout import ShardSpec
-from ipd_ray.progress import CurveTail, Listener
+from ipd_ray.progress import CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
     DistillJob,
     LogRef,
     Place,
     finish_imagination,
+    gate_of,
     run_choose,
     run_evaluate,
     run_select,
@@ -275,25 +276,17 @@ def imagine(context: Context) -> None:
         specs: list[ShardSpec] = run_select(**shared, select=config.select)
         there = read_entries(folder)
         missing = [s for s in specs if s.shard not in there]
-        done = len(specs) - len(missing)
-        if done:
+        if done := len(specs) - len(missing):
             context.listener.note(f"imagine: {done} of {len(specs)} shards are there already")
-        arguments = {**shared, "world_model": context.path(context.parts.world_model), "planner": config.planner}
+        world_model = context.path(context.parts.world_model)
+        gate = gate_of(
+            config.accept, context.log, shared["values"], world_model, uncertainty=config.imagine.uncertainty,
+            regret_share=config.select.regret_share, length=config.imagine.length, device=context.device,
+        )
+        arguments = {**shared, "world_model": world_model, "planner": config.planner, "gate": gate}
         tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
-        finished = done
-
-        def report(_: int, entry: Any) -> None:
-            nonlocal finished
-            finished += 1
-            imagined = entry["steps"] * (finished - done) / max(workspace.seconds, 1e-9)
-            context.listener.progress(
-                "imagine",
-                finished,
-                len(specs),
-                {"imagined_steps_per_second": imagined, "reward_gain": entry["reward_gain"]},
-            )
-
-        failed = context.engine.map_shards(tasks, report, lambda: None)
+        progress = ShardProgress(done, len(specs), context.engine.crew, context.listener)
+        failed = context.engine.map_shards(tasks, lambda _, shard: progress.add(shard), progress.tick)
         if failed:
             lines = [f"shard {missing[i].shard}:\n{text}" for i, text in failed.items()]
             raise PartialError(

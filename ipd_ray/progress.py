@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ipd_ray.storage import Folder
@@ -93,3 +93,41 @@ class CurveTail:
         text = self._folder.read_text(FILE) or ""
         changed, self._size = len(text) != self._size, len(text)
         return text if changed else ""
+
+
+class ShardProgress:
+    """Counts shards as they come in, and says what they come to and who is at work."""
+
+    EVERY = 10.0
+    """Seconds between two words on workers that wait for room."""
+
+    def __init__(self, done: int, total: int, crew: Callable[[], tuple[int, int]], listener: Listener):
+        """done: shards that were there before. crew: workers that are up, and those still asked for."""
+        self._done, self._total, self._crew, self._listener = done, total, crew, listener
+        self._began = self._said = time.monotonic()
+        self._told = (0, 0)
+        self._steps = self._segments = self._accepted = 0
+
+    def add(self, shard: Mapping[str, Any]) -> None:
+        """Hear of a shard: its manifest entry, and how many of its segments would be accepted."""
+        self._done += 1
+        self._steps += shard["steps"]
+        self._segments += shard["segments"]
+        self._accepted += shard["accepted"]
+        self._listener.progress("imagine", self._done, self._total, {
+            "imagined_steps_per_second": self._steps / max(time.monotonic() - self._began, 1e-9),
+            "accept_rate": self._accepted / max(self._segments, 1),
+            "reward_gain": shard["reward_gain"],
+            "actors": self._crew()[0],
+        })
+
+    def tick(self) -> None:
+        """Say how many workers wait for room, where that changes: an autoscaler takes minutes."""
+        now = time.monotonic()
+        if now - self._said < self.EVERY:
+            return
+        self._said = now
+        up, starting = crew = self._crew()
+        if crew != self._told and (starting or self._told[1]):
+            self._told = crew
+            self._listener.note(f"imagine: {up} workers are up, {starting} more start or wait for room")

@@ -145,6 +145,47 @@ def run_select(
     return shard_specs(starts.index, starts.control, imagine.shard_size)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What decides whether a segment counts. Nothing of it is written with a shard: another gate may read it."""
+
+    config: AcceptConfig
+    threshold: float
+    """kappa"""
+    value_std: float
+
+    def accept(self, segments: Segments, log: LogRef) -> Accepted:
+        """Return the verdict on some segments of the log."""
+        return accept(
+            segments, self.config, threshold=self.threshold, discount=log.data.discount, value_std=self.value_std,
+            ranges=_step_ranges(log),
+        )
+
+
+@lru_cache(maxsize=1)
+def _step_ranges(log: LogRef) -> tuple[Floats, Floats, float, float]:
+    return step_ranges(log.load())
+
+
+def gate_of(
+    config: AcceptConfig, log: LogRef, values: str, world_model: str, *, uncertainty: str, regret_share: float,
+    length: int, device: str,
+) -> Gate:
+    """Return the gate of a run. kappa is the user's own, or lets `accept.survival` of the held-out windows of `length`
+    steps pass: those that begin in the share of the steps with the most regret, of which starts are drawn too.
+    """
+    threshold = config.threshold
+    if threshold is None:
+        v, returns = logged_values(values, log, device)
+        data = log.load()
+        regret, held = v - returns, data.holdout_steps
+        threshold = kappa(
+            holdout_uncertainty(world_model, uncertainty), data.transitions.episode[held], length=length,
+            survival=config.survival, begins=regret[held] >= np.quantile(regret, 1.0 - regret_share),
+        )
+    return Gate(config, threshold, float(Artifact(values).diagnostics["v_std"]))
+
+
 def run_shard(
     work: str,
     place: Place,
@@ -155,8 +196,9 @@ def run_shard(
     imagine: ImagineConfig,
     seed: int,
     spec: ShardSpec,
+    gate: Gate | None = None,
 ) -> dict[str, Any]:
-    """Step 4: imagine one shard and write it; return its manifest entry."""
+    """Step 4: imagine one shard and write it; return its manifest entry, and with `gate` how many it would accept."""
     workspace = place.workspace(work)
     segments = imagine_shard(
         spec,
@@ -175,7 +217,8 @@ def run_shard(
         "reward_gain": float(gain.mean()),
         "terminated": int(segments.terminal.any(1).sum()),
     }
-    return write_shard(workspace.folder, spec.shard, segments, summary)
+    entry = write_shard(workspace.folder, spec.shard, segments, summary)
+    return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).accepted.sum())}
 
 
 def finish_imagination(workspace: Workspace, shards: int) -> None:
@@ -248,19 +291,14 @@ class DistillJob:
         if self.imagination is None or self.world_model is None:
             return _no_segments(log), _nothing_accepted(), {}
         segments = read_segments(self.imagination)
-        threshold = self._threshold(log, segments)
-        value_std = float(Artifact(self.values).diagnostics["v_std"])
-        verdict = accept(
-            segments,
-            self.accept,
-            threshold=threshold,
-            discount=log.discount,
-            value_std=value_std,
-            ranges=step_ranges(log),
+        gate = gate_of(
+            self.accept, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
+            regret_share=self.regret_share, length=segments.length, device=self.place.device,
         )
+        verdict = gate.accept(segments, self.log)
         summary = summarise(segments, verdict, log)
-        u = self._holdout_uncertainty()
-        summary["kappa"], summary["kappa_step_quantile"] = threshold, float((u <= threshold).mean())
+        u = holdout_uncertainty(self.world_model, self.uncertainty)
+        summary["kappa"], summary["kappa_step_quantile"] = gate.threshold, float((u <= gate.threshold).mean())
         return segments, verdict, summary
 
     def accepted_segments(self) -> list[dict[str, Any]]:
@@ -279,24 +317,6 @@ class DistillJob:
                 }
             )
         return out
-
-    def _holdout_uncertainty(self) -> np.ndarray:
-        return holdout_uncertainty(str(self.world_model), self.uncertainty)
-
-    def _threshold(self, log: Log, segments: Segments) -> float:
-        """kappa: the user's own, or the one that lets `accept.survival` of the held-out windows pass.
-
-        Windows begin in the share of the steps with the most regret, of which starts are drawn too.
-        """
-        if self.accept.threshold is not None:
-            return self.accept.threshold
-        v, returns = logged_values(self.values, self.log, self.place.device)
-        regret, held = v - returns, log.holdout_steps
-        begins = regret[held] >= np.quantile(regret, 1.0 - self.regret_share)
-        return kappa(
-            self._holdout_uncertainty(), log.transitions.episode[held], length=segments.length,
-            survival=self.accept.survival, begins=begins,
-        )
 
     def _prompts(self, log: Log, segments: Segments, verdict: Accepted) -> Prompts:
         scheme = self.distill.prompt

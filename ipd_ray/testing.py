@@ -7,21 +7,42 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from ipd_ray.data.shards import Segments, write_shard
 from ipd_ray.distill.fit import DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
-from ipd_ray.storage import probe
+from ipd_ray.storage import Folder, probe
 
 
 def square(value: int, seconds: float = 0.0) -> int:
     """Return the square, after a while."""
     time.sleep(seconds)
     return value * value
+
+
+def trivial_shard(work: str, shard: int) -> dict[str, Any]:
+    """Write a shard of one segment of one step with its manifest entry, as imagination would; return the entry."""
+    one, none = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
+    at, state, value = np.full(1, shard, np.int64), np.zeros((1, 2, 1), np.float32), np.zeros((1, 2), np.float32)
+    segments = Segments(
+        index=at, episode=at, timestep=at, control=none[0], observation=state, action=state[:, :1], reward=one,
+        terminal=none, uncertainty=one, value=value, own_reward=one, own_terminal=none, own_length=at, own_value=value,
+    )
+    return write_shard(Folder.of(work), shard, segments, {"steps": 1, "reward_gain": 0.0})
+
+
+def timed(function: Callable[..., dict[str, Any]], **arguments: Any) -> dict[str, Any]:
+    """Call a function in the worker; return its result with the seconds it took there."""
+    begun = time.perf_counter()
+    result = function(**arguments)
+    return {**result, "worker_seconds": time.perf_counter() - begun}
 
 
 def meet(mine: str, other: str, seconds: float = 60.0) -> None:

@@ -66,6 +66,7 @@ def test_every_wrong_value_is_told_at_once():
         (["world_model.elites=8"], r"world_model\.elites=8 must be at most world_model\.members=7"),
         (["policy.width=30"], r"policy\.width=30 must be a multiple of policy\.heads=4"),
         (["runtime.workers=2"], r"runtime\.workers=2 needs runtime\.engine=ray"),
+        (["runtime.actors=2", "runtime.min_actors=3"], r"runtime\.min_actors=3 must be at most runtime\.actors=2"),
         (["runtime.engine=ray", "runtime.workers=200"], r"runtime\.workers=200 must be at most distill\.batch_size"),
     ],
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ipd_ray import testing
-from ipd_ray.engine import LocalEngine, Task, TaskError
+from ipd_ray.engine import MACHINES, LocalEngine, Outcome, Task, TaskError, drive
 
 
 @pytest.fixture
@@ -52,6 +52,43 @@ def test_killed_worker_loses_no_task_and_a_poison_task_is_set_aside(engine: Loca
     assert set(failed) == {7, 8}
     assert "ValueError: bad shard" in failed[7] and "in fail" in failed[7]
     assert failed[8] == "deadly: its worker died 3 times"
+
+
+class Fates:
+    """Workers of which each task meets its fates in order, one at a time, and then succeeds."""
+
+    def __init__(self, fates: dict[int, list[Outcome]]):
+        self._fates, self._running = fates, []
+
+    def capacity(self, waiting: int) -> int:
+        return 1 - len(self._running)
+
+    def start(self, number: int, task: Task) -> None:
+        self._running.append(number)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        number = self._running.pop()
+        return [self._fates[number].pop(0) if self._fates[number] else Outcome(number, result=number)]
+
+
+def test_machines_that_are_taken_back_are_not_the_tasks_failures():
+    worker, machine, error = (
+        Outcome(0, error="killed", lost="worker"), Outcome(0, error="gone", lost="machine"), Outcome(0, error="raised")
+    )
+
+    def end(fates: list[Outcome], retry: bool = True) -> dict[int, str]:
+        results: dict[int, int] = {}
+        failed = drive([Task("shard 0", testing.square, {})], Fates({0: fates}), done=results.__setitem__,
+                       retry_errors=retry)
+        assert results == ({} if failed else {0: 0})
+        return failed
+
+    assert not end([machine] * (MACHINES - 1) + [worker] * 2)
+    assert not end([worker, error])
+    assert end([machine, worker, error, machine, worker]) == {0: "shard 0: its worker died 3 times\nkilled"}
+    assert end([worker, worker, error]) == {0: "raised"}
+    assert end([machine] * MACHINES) == {0: f"shard 0: its machine died {MACHINES} times\ngone"}
+    assert end([error], retry=False) == {0: "raised"}
 
 
 def test_failed_step_raises_with_its_traceback(engine: LocalEngine):

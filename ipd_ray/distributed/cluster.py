@@ -89,7 +89,7 @@ class Node:
     def slots(self, threads: int, gpus: float) -> int:
         """Return how many workers of `threads` CPUs and `gpus` GPUs fit."""
         fit = int(self.cpus // threads)
-        return min(fit, int(self.gpus / gpus + 1e-6)) if gpus else fit
+        return min(fit, int(self.gpus) * int(1.0 / gpus + 1e-6)) if gpus else fit  # none spans two GPUs
 
 
 @dataclass(frozen=True)

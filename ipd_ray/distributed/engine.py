@@ -18,7 +18,7 @@ from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder, marked, troubles
 
 AHEAD = 16
-"""Actors asked for beyond the room there is, where an autoscaler may make room."""
+"""Actors asked for at least beyond the room there is, where an autoscaler may make room."""
 LOOK_SECONDS = 5.0
 
 
@@ -46,7 +46,11 @@ class RayEngine:
     def map_shards(
         self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
     ) -> dict[int, str]:
-        return self._drive(tasks, tick, done)
+        self._pool.least = min(self._runtime.min_actors, len(tasks))
+        try:
+            return self._drive(tasks, tick, done)
+        finally:
+            self._pool.least = 0
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         _require_absolute("distill", job.work)
@@ -71,6 +75,10 @@ class RayEngine:
                         "every node; `ipd-ray doctor` looks at all of them."
                     )
 
+    def crew(self) -> tuple[int, int]:
+        starting = self._pool.starting
+        return len(self._pool) - starting, starting
+
     def close(self) -> None:
         self._pool.clear()
         if self._ours:
@@ -88,10 +96,14 @@ class RayEngine:
             self._pool.clear()  # after Ctrl-C: nothing may go on that nobody waits for
 
     def _limit(self) -> int:
+        """As many as the user allows; else what there is room for, and as many again where a cluster may grow: what
+        they find no room for is the autoscaler's demand, which doubles the cluster by and by and not at once.
+        """
         if self._runtime.actors:
             return self._runtime.actors
         now = self._look().where(self._actor_labels)
-        return now.slots(self._runtime.threads, self._gpus) + AHEAD * now.autoscaled
+        room = now.slots(self._runtime.threads, self._gpus)
+        return max(room + max(AHEAD, room) * now.autoscaled, self._runtime.min_actors)
 
     def _look(self) -> cluster.Cluster:
         if time.monotonic() - self._looked > LOOK_SECONDS:

@@ -18,7 +18,10 @@ from ipd_ray.report.source import VARIANTS, View, number, readable
 from ipd_ray.storage import ARTIFACT
 
 NO_FILM = "No film:"
-_NOT_LEARNT = ("step", "total", "time", "part", "updates_per_second", "imagined_steps_per_second", "episodes_ended")
+_NOT_LEARNT = (
+    "step", "total", "time", "part", "updates_per_second", "imagined_steps_per_second", "accept_rate", "actors",
+    "episodes_ended",
+)
 _KINDS = {"spread": "U (spread)", "primal": "U (primal)", "dual": "U (dual)"}
 
 

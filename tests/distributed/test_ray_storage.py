@@ -42,7 +42,8 @@ def test_nodes_that_cannot_reach_the_bucket_are_named_before_anything_starts(ray
     from ipd_ray.distributed.engine import RayEngine
 
     engine = RayEngine(RuntimeConfig(engine="ray"), "cpu")
-    with pytest.raises(UserError, match=rf"node {socket.gethostname()} \(\w+\), {bucket}/store: .*credentials on every"):
+    named = rf"node {socket.gethostname()} \(\w+\), {bucket}/store: .*credentials on every"
+    with pytest.raises(UserError, match=named):
         engine.require_storage([f"{bucket}/store"])
     engine.close()
 
