@@ -12,11 +12,13 @@ setup(
     packages=find_packages(include=["ipd_ray", "ipd_ray.*"]),
     package_data={"ipd_ray": ["py.typed", "presets/*.yaml", "report/**/*.html"]},
     install_requires=[
+        "aiohttp>=3.9",
         "gymnasium[classic-control]>=1.0",
         "h5py>=3.8",
         "matplotlib>=3.8",
         "minari[hdf5,hf]>=0.5.3",
         "numpy>=2.0",
+        "packaging>=23.0",
         "pyarrow>=17.0",
         "pydantic>=2.9",
         "PyYAML>=6.0",

@@ -73,6 +73,7 @@ def run(
             work_left = any(row["state"] != "reused" for row in state_of(context, until))
             engine = make_engine(config, context.device) if work_left else LocalEngine(1)
             try:
+                engine.require_storage([str(store), str(folder)])
                 return _Begun(folder, replace(context, engine=engine), until).carry_out(others)
             finally:
                 engine.close()

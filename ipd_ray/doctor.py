@@ -9,9 +9,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,7 +25,7 @@ from ipd_ray.errors import UserError
 from ipd_ray.estimate import Sizes, work_seconds
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import human_bytes
-from ipd_ray.storage import Folder
+from ipd_ray.storage import marked, troubles
 from ipd_ray.storage import probe as probe_folder
 from ipd_ray.training import cores, resolve_device
 
@@ -106,7 +104,7 @@ def look(places: Mapping[str, str], probe: Callable[[str], None]) -> dict[str, A
         "ipd_ray": f"{ipd_ray.__version__} ({_source_digest()})",
         **{name: _version(name) for name in PACKAGES},
         "platform": numeric_platform(), "cores": cores(), "threads": os.environ.get("OMP_NUM_THREADS", ""),
-        "storage": {folder: _storage(folder, file, probe) for folder, file in places.items()},
+        "storage": troubles(places, probe),
     }
 
 
@@ -123,16 +121,6 @@ def _source_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def _storage(folder: str, file: str, probe: Callable[[str], None]) -> str:
-    try:
-        if file and not Folder.of(folder).exists(file):
-            return "does not see what is written to it elsewhere: it is no storage that the nodes share"
-        probe(folder)
-    except (OSError, UserError) as error:
-        return str(error)
-    return ""
 
 
 def calibrate(steps: Sequence[str], config: RunConfig, sizes: Sizes, device: str) -> dict[str, float]:
@@ -159,8 +147,8 @@ def examine(
         return Report((), tuple(findings), None)
     site: Site = _Here(config, device) if config.runtime.engine == "local" else _Cluster(config, device)
     with site:
-        with _marked(places) as marked:
-            machines = site.machines(marked, probe)
+        with marked(places) as marks:
+            machines = site.machines(marks, probe)
         findings += [*judge(machines, config), *site.fit()]
         planned = _planned(dataset, config, run_dir, site, machines, findings) if dataset is not None else None
     return Report(tuple(machines), tuple(findings), planned)
@@ -245,33 +233,6 @@ def _settings(config: RunConfig) -> Iterator[Finding]:
         yield Finding("error", "settings", str(error))
     else:
         yield Finding("ok", "settings", "no value contradicts another, and what they name is installed")
-
-
-@contextmanager
-def _marked(places: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Yield {folder: a file in it}, which other machines should see; gone afterwards, as are folders made for it."""
-    files: dict[str, str] = {}
-    made = []
-    try:
-        for place in places:
-            folder, name = Folder.of(place), f".doctor-{uuid.uuid4().hex}"
-            if not folder.remote:
-                made += [path for path in (folder.path, *folder.path.parents) if not path.exists()]
-            try:
-                if not folder.remote:
-                    folder.path.mkdir(parents=True, exist_ok=True)
-                folder.write_text(name, "")
-                files[place] = name
-            except OSError:  # each machine's own look says why
-                files[place] = ""
-        yield files
-    finally:
-        for place, name in files.items():
-            if name:
-                Folder.of(place).remove_file(name)
-        for path in sorted(set(made), key=lambda path: -len(path.parts)):
-            with suppress(OSError):
-                path.rmdir()
 
 
 def _planned(

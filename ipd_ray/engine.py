@@ -120,6 +120,9 @@ class Engine(Protocol):
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         """Carry out step 5."""
 
+    def require_storage(self, places: Sequence[str]) -> None:
+        """Raise UserError naming the machine that cannot read and write one of these paths or URIs."""
+
     def crew(self) -> tuple[int, int]:
         """Return how many workers are up, and how many more were asked for."""
 
@@ -148,6 +151,9 @@ class LocalEngine:
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         self.run_steps([distill_task(job)], tick)
+
+    def require_storage(self, places: Sequence[str]) -> None:
+        """Its only machine has been looked at."""
 
     def crew(self) -> tuple[int, int]:
         return len(self._pool), 0

@@ -16,7 +16,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -275,3 +275,45 @@ def probe(place: str) -> None:
     folder.remove_file(name)
     if back != "?":
         raise OSError(f"{place}: a file that was just written cannot be read back")
+
+
+@contextmanager
+def marked(places: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield {place: a file in it}, which other machines should see; gone afterwards, as are folders made for it."""
+    files: dict[str, str] = {}
+    made = []
+    try:
+        for place in places:
+            folder, name = Folder.of(place), f".seen-{uuid.uuid4().hex}"
+            if not folder.remote:
+                made += [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+            try:
+                if not folder.remote:
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                folder.write_text(name, "")
+                files[place] = name
+            except OSError:  # each machine's own look says why
+                files[place] = ""
+        yield files
+    finally:
+        for place, name in files.items():
+            if name:
+                Folder.of(place).remove_file(name)
+        for path in sorted(set(made), key=lambda path: -len(path.parts)):
+            with suppress(OSError):
+                path.rmdir()
+
+
+def troubles(marks: Mapping[str, str], probe: Callable[[str], None] = probe) -> dict[str, str]:
+    """Return {place: what is wrong with it on this machine, or ""}. marks: what `marked` yields on another one."""
+    return {place: _trouble(place, file, probe) for place, file in marks.items()}
+
+
+def _trouble(place: str, file: str, probe: Callable[[str], None]) -> str:
+    try:
+        if file and not Folder.of(place).exists(file):
+            return "does not see what is written to it elsewhere: it is no storage that the nodes share"
+        probe(place)
+    except (OSError, UserError) as error:
+        return str(error)
+    return ""

@@ -10,10 +10,12 @@ from typing import Any
 from ipd_ray.config import RuntimeConfig, label_selector
 from ipd_ray.distributed import cluster
 from ipd_ray.distributed.distill import distill
+from ipd_ray.distributed.nodes import members, on_every_node
 from ipd_ray.distributed.pool import ActorPool
 from ipd_ray.engine import Task, drive, raise_failures
+from ipd_ray.errors import UserError
 from ipd_ray.steps import DistillJob
-from ipd_ray.storage import Folder
+from ipd_ray.storage import Folder, marked, troubles
 
 AHEAD = 16
 """Actors asked for at least beyond the room there is, where an autoscaler may make room."""
@@ -57,6 +59,21 @@ class RayEngine:
             threads = offered.threads(self._runtime.workers, 1.0 if self._cuda else 0.0)
             job = replace(job, place=replace(job.place, threads=threads))
         distill(job, self._runtime.workers, tick, labels=self._worker_labels)
+
+    def require_storage(self, places: Sequence[str]) -> None:
+        """Nodes that an autoscaler brings later are not asked."""
+        with marked(places) as marks:
+            answers = on_every_node(troubles, marks)
+        names = {member.id: member.name for member in members()}
+        for node, answer in answers.items():
+            wrong = {"": str(answer)} if isinstance(answer, Exception) else answer
+            for place, text in wrong.items():
+                if text:
+                    raise UserError(
+                        f"node {names.get(node, node)}{place and f', {place}'}: {text.strip()}: give runtime.store and "
+                        "--run-dir a mount that every node has, or a URI such as s3://bucket/runs with credentials on "
+                        "every node; `ipd-ray doctor` looks at all of them."
+                    )
 
     def crew(self) -> tuple[int, int]:
         starting = self._pool.starting

@@ -207,7 +207,6 @@ def shell_commands() -> Iterator[list[str]]:
             yield shlex.split(found[1], comments=True)
 
 
-@pytest.mark.xfail(strict=True, reason="the commands submit, jobs and doctor are not there yet")
 def test_commands_and_options_of_the_texts_exist():
     seen = set()
     for words in shell_commands():
