@@ -20,10 +20,9 @@ from typing import Any
 
 from record import RESULTS, read, write
 
+from ipd_ray.distributed.engine import AHEAD, LOOK_SECONDS
 from ipd_ray.engine import MACHINES
 
-AHEAD, LOOK_SECONDS = 16, 5.0
-"""As in ipd_ray/distributed/engine.py, which needs Ray."""
 READY, DONE, DIED, NOTICED, LOOK, NODE = range(6)
 
 

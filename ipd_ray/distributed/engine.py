@@ -106,8 +106,8 @@ class RayEngine:
 
 
 def most_actors(runtime: RuntimeConfig, room: int, autoscaled: bool) -> int:
-    """Return as many actors as the user allows; else what there is room for, and as many again where a cluster may grow:
-    what they find no room for is the autoscaler's demand, which doubles the cluster by and by and not at once.
+    """Return how many actors there may be: as many as the user says; else what there is room for, and as many again
+    where a cluster may grow. What they find no room for is the autoscaler's demand: it doubles the cluster by and by.
     """
     if runtime.actors:
         return runtime.actors
