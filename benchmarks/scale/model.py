@@ -24,7 +24,7 @@ from ipd_ray.distributed.engine import AHEAD, LOOK_SECONDS
 from ipd_ray.engine import MACHINES
 
 WAITS = 0.7e-3
-"""Seconds that the driver's two looks at 1,000 calls in flight take (ray.wait, measured here), beyond those at a few."""
+"""Seconds that the driver's two looks at 1,000 calls in flight take beyond those at a few (ray.wait, measured)."""
 READY, DONE, DIED, NOTICED, LOOK, NODE = range(6)
 
 
@@ -193,7 +193,8 @@ def main() -> None:
     measured = read("driver", args.out)
     found: dict[str, Any] = {"check": {kind: check(m) for kind, m in measured.items() if kind != "machine"}}
     cost = args.driver or measured["planner"]["driver_milliseconds_a_shard"] + 1e3 * WAITS
-    found |= {"driver_milliseconds": round(cost, 3), "machines_a_shard_may_lose": MACHINES, "thousand": thousand(cost / 1e3)}
+    found |= {"driver_milliseconds": round(cost, 3), "machines_a_shard_may_lose": MACHINES}
+    found["thousand"] = thousand(cost / 1e3)
     write("model", found, args.out)
     for kind, row in found["check"].items():
         print(f"check, {kind}: simulated {row['simulated_per_second']}/s, measured {row['measured_per_second']}/s")
