@@ -134,7 +134,7 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
     model = WorldModelConfig(members=3, elites=2, width=16, layers=2, max_updates=60, eval_every=30)
     run_world_model(str(store.folder("world_model", key)), PLACE, tiny_log, model, 0)
     imagine = ImagineConfig(length=4, shard_size=10)
-    work = store.folder("imagine", key)
+    work = store.folder("imagine", key).path
     values_path, model_path = commit("values"), commit("world_model")
     specs = run_select(str(work), PLACE, tiny_log, values_path, SelectConfig(starts=40, episode_cap=0.5), imagine, 0)
     planner = PlannerConfig(candidates=8, horizon=3)

@@ -96,19 +96,22 @@ class RayEngine:
             self._pool.clear()  # after Ctrl-C: nothing may go on that nobody waits for
 
     def _limit(self) -> int:
-        """As many as the user allows; else what there is room for, and as many again where a cluster may grow: what
-        they find no room for is the autoscaler's demand, which doubles the cluster by and by and not at once.
-        """
-        if self._runtime.actors:
-            return self._runtime.actors
         now = self._look().where(self._actor_labels)
-        room = now.slots(self._runtime.threads, self._gpus)
-        return max(room + max(AHEAD, room) * now.autoscaled, self._runtime.min_actors)
+        return most_actors(self._runtime, now.slots(self._runtime.threads, self._gpus), now.autoscaled)
 
     def _look(self) -> cluster.Cluster:
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._cluster, self._looked = cluster.inspect(), time.monotonic()
         return self._cluster
+
+
+def most_actors(runtime: RuntimeConfig, room: int, autoscaled: bool) -> int:
+    """Return how many actors there may be: as many as the user says; else what there is room for, and as many again
+    where a cluster may grow. What they find no room for is the autoscaler's demand: it doubles the cluster by and by.
+    """
+    if runtime.actors:
+        return runtime.actors
+    return max(room + max(AHEAD, room) * autoscaled, runtime.min_actors)
 
 
 def _require_absolute(name: str, path: str) -> None:

@@ -122,3 +122,16 @@ def test_threads_share_the_cores_among_the_workers():
     assert [cluster.threads(w, 0.0) for w in (1, 2, 3, 6, 12, 13)] == [8, 4, 4, 2, 1, 1]
     assert cluster.threads(1, 1.0) == 8
     assert cluster.slots(1, 0.5) == 2
+    assert Cluster((Node(64, 2),), autoscaled=False).slots(1, 0.3) == 6  # three to a GPU, none across two
+
+
+def test_demand_doubles_an_autoscaled_cluster_within_what_the_user_allows():
+    from ipd_ray.distributed.engine import most_actors
+
+    def most(room: int, autoscaled: bool, **fields: int) -> int:
+        return most_actors(RuntimeConfig(engine="ray", **fields), room, autoscaled)
+
+    assert [most(room, True) for room in (0, 8, 16, 40)] == [16, 24, 32, 80]
+    assert [most(room, False) for room in (0, 8)] == [0, 8]
+    assert most(8, True, actors=3) == 3 and most(8, False, actors=30) == 30
+    assert most(2, False, min_actors=4) == 4
