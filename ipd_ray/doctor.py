@@ -12,7 +12,7 @@ import platform
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -88,7 +88,7 @@ class Report:
             return {"error": repr(facts)} if isinstance(facts, Exception) else facts
 
         return {
-            "machines": [{**asdict(m), "facts": plain(m.facts)} for m in self.machines],
+            "machines": [{**asdict(replace(m, facts={})), "facts": plain(m.facts)} for m in self.machines],
             "findings": [asdict(f) for f in self.findings], "plan": self.plan, "exit_code": self.exit_code,
         }
 
