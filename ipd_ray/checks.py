@@ -12,6 +12,7 @@ from gymnasium.spaces.utils import flatdim
 
 from ipd_ray.config import RunConfig
 from ipd_ray.data.transitions import Spec, Transitions, prepare
+from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate_disk
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
@@ -78,19 +79,6 @@ def check_device(name: str) -> None:
 def ray_engine() -> Any:
     """Return the class RayEngine. Raises UserError where ray is not installed."""
     return ray_part("engine", "runtime.engine=ray", "set runtime.engine=local, which needs none").RayEngine
-
-
-def ray_part(name: str, wanted_by: str, otherwise: str = "") -> Any:
-    """Return a module of ipd_ray.distributed. Raises UserError where ray is not installed."""
-    try:
-        return importlib.import_module(f"ipd_ray.distributed.{name}")
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in ("ray", "aiohttp"):
-            raise
-        raise UserError(
-            f"{wanted_by}, but ray cannot be imported ({error}): `pip install ipd_ray` brings it"
-            f"{', or ' * bool(otherwise)}{otherwise}."
-        ) from None
 
 
 def _importable(module: str, field: str, remedy: str) -> None:

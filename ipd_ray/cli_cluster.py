@@ -13,8 +13,8 @@ import typer
 import typer.main
 
 from ipd_ray import config as config_module
-from ipd_ray.checks import check_contradictions, ray_part
 from ipd_ray.config import RunConfig
+from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, near_name
 from ipd_ray.runs import human_bytes, human_seconds
 from ipd_ray.text import answer, answer_json, say, table
@@ -64,6 +64,8 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
 
     Parsed as it would be here; run on Ray where it does not say. Raises UserError for what would fail at once.
     """
+    from ipd_ray.checks import check_contradictions
+
     group: Any = typer.main.get_command(app)
     try:
         command, rest = group, list(words)

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,8 +19,9 @@ import torch
 import ipd_ray
 from ipd_ray.api import plan, processes, run_folder, store_of
 from ipd_ray.artifacts import numeric_platform
-from ipd_ray.checks import check_config, ray_part
+from ipd_ray.checks import check_config
 from ipd_ray.config import RunConfig, label_selector
+from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import Sizes, work_seconds
 from ipd_ray.pipeline import Context
@@ -86,7 +87,7 @@ class Report:
             return {"error": repr(facts)} if isinstance(facts, Exception) else facts
 
         return {
-            "machines": [{**asdict(m), "facts": plain(m.facts)} for m in self.machines],
+            "machines": [{**asdict(replace(m, facts={})), "facts": plain(m.facts)} for m in self.machines],
             "findings": [asdict(f) for f in self.findings], "plan": self.plan, "exit_code": self.exit_code,
         }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_runs import LOG, SETTINGS, write_log
 
 from ipd_ray import testing
 
@@ -17,7 +19,7 @@ PROGRAM = '''
 import json, sys
 from ray.cluster_utils import Cluster
 
-root = sys.argv[1]
+root, log, *settings = sys.argv[1:]
 if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
     for env in ({}, {"IPD_RAY_TEST_READ_ONLY": "1"}, {"PYTHONPATH": f"{root}/broken"}):
@@ -26,8 +28,8 @@ if __name__ == "__main__":
     from ipd_ray.config import load
     from ipd_ray.doctor import examine
 
-    settings = load(overrides=["runtime.engine=ray", f"runtime.address={cluster.address}", "runtime.actors=9"])
-    report = examine(None, settings, f"{root}/runs/mine", probe=testing.probe_where_writable)
+    config = load(overrides=[*settings, "runtime.engine=ray", f"runtime.address={cluster.address}", "runtime.actors=9"])
+    report = examine(log, config, f"{root}/runs/mine", probe=testing.probe_where_writable)
     print(json.dumps(report.document()))
     cluster.shutdown()
 '''
@@ -38,14 +40,20 @@ def test_what_one_node_cannot_do_is_told_of_that_node(tmp_path: Path) -> None:
     (tmp_path / "broken" / "ipd_ray").mkdir(parents=True)
     (tmp_path / "broken" / "ipd_ray" / "__init__.py").write_text("raise ImportError('an old image')\n")
     (tmp_path / "program.py").write_text(PROGRAM)
+    write_log(tmp_path / "minari")
     done = subprocess.run(
-        [sys.executable, "program.py", str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "program.py", str(tmp_path), LOG, *SETTINGS], cwd=tmp_path, capture_output=True, text=True,
+        timeout=200, env={**os.environ, "MINARI_DATASETS_PATH": str(tmp_path / "minari")},
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     wrong = {(f["check"], f["level"]): f["text"] for f in report["findings"] if f["level"] != "ok"}
-    assert sorted(wrong) == [("answer", "error"), ("fit", "warning"), ("storage", "error")], report["findings"]
+    assert sorted(wrong) == [
+        ("answer", "error"), ("calibration", "warning"), ("fit", "warning"), ("storage", "error")
+    ], report["findings"]
     assert "an old image" in wrong["answer", "error"]
+    assert "an old image" in wrong["calibration", "warning"] and "those of 2 nodes" in wrong["calibration", "warning"]
+    assert all(row["seconds"] > 0 for row in report["plan"]["steps"])
     assert "Permission denied" in wrong["storage", "error"]
     assert "runtime.actors=9, but at most 3" in wrong["fit", "warning"]
     assert report["exit_code"] == 2
