@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ipd_ray.distill.fit import DistillTrainer, Reducer
+from ipd_ray.distill.fit import Corpus, DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
 
 
@@ -78,8 +78,8 @@ class MortalJob(DistillJob):
     step: int
     """Update in which it happens."""
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
-        trainer, imagined = super().trainer(reducer)
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
         update = trainer.update
 
         def mortal_update(step: int) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class MortalJob(DistillJob):
             return update(step)
 
         trainer.update = mortal_update  # type: ignore[method-assign]
-        return trainer, imagined
+        return trainer
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class SlowJob(DistillJob):
 
     seconds: float
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
-        trainer, imagined = super().trainer(reducer)
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
         update = trainer.update
 
         def slow_update(step: int) -> dict[str, Tensor]:
@@ -106,4 +106,4 @@ class SlowJob(DistillJob):
             return update(step)
 
         trainer.update = slow_update  # type: ignore[method-assign]
-        return trainer, imagined
+        return trainer

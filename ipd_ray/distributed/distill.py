@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from ipd_ray.artifacts import Workspace, load_checkpoint
-from ipd_ray.distill.fit import Reducer, fit_policy
+from ipd_ray.distill.fit import Corpus, Reducer
 from ipd_ray.distributed.cluster import cpus
 from ipd_ray.engine import TaskError
 from ipd_ray.steps import DistillJob
@@ -27,7 +27,7 @@ FAILURES = 3
 """Deaths of a worker that a training survives; a machine that was taken back (spot) does not count."""
 STOP_SECONDS = 20.0
 FOLDER = "ray"
-"""Where in the workspace Ray Train keeps its state."""
+"""Where in the workspace Ray Train keeps its state, and the corpus lies that its workers read."""
 
 
 class TorchReducer:
@@ -51,6 +51,7 @@ class TrainWorkspace(Workspace):
     def __init__(self, path: Path, checkpoint_seconds: float, reducer: Reducer, device: str):
         super().__init__(path, checkpoint_seconds)
         self._reducer, self._device = reducer, device
+        self._warned = False  # of a node that goes away, and saved for it
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         restored = None
@@ -63,8 +64,10 @@ class TrainWorkspace(Workspace):
         return restored
 
     def due(self) -> bool:
-        """The first worker's clock decides for all: every worker reports, or none."""
-        vote = float(self._reducer.rank == 0 and super().due())
+        """The first worker's clock decides for all: every worker reports, or none. A warning (spot) does not wait."""
+        warned = ray.train.get_preemption_info() is not None  # the same for all
+        vote = float(self._reducer.rank == 0 and super().due()) + float(warned and not self._warned)
+        self._warned = warned
         return bool(self._reducer.sum(torch.tensor(vote, device=self._device)) > 0)
 
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
@@ -84,27 +87,42 @@ class TrainWorkspace(Workspace):
             super().log(step, total, metrics)
 
 
+def prepare(job: DistillJob) -> None:
+    """Leave the corpus in the workspace, where a driver that died before did not."""
+    if not corpus_path(job).exists():
+        job.place.workspace(job.work)
+        corpus_path(job).parent.mkdir(exist_ok=True)
+        job.prepare().write(corpus_path(job))
+
+
+def corpus_path(job: DistillJob) -> Path:
+    return Path(job.work) / FOLDER / "corpus.safetensors"
+
+
 def train_worker(job: DistillJob) -> None:
-    """What every worker does: `run_distill`, with sums over all workers and Ray Train's checkpoints."""
+    """What every worker does: its slices of the corpus, sums over all workers, and Ray Train's checkpoints."""
     if job.place.device.startswith("cuda"):
         job = replace(job, place=replace(job.place, device=str(ray.train.torch.get_device())))
     reducer, place = TorchReducer(), job.place
     workspace = TrainWorkspace(place.workspace(job.work).path, place.checkpoint_seconds, reducer, place.device)
-    trainer, imagined = job.trainer(reducer)
-    for _ in fit_policy(trainer, job.distill, workspace):
-        pass
-    if reducer.rank == 0:
-        job.finish(workspace, trainer, imagined)
+    job.train(Corpus.open(corpus_path(job)), workspace, reducer)
 
 
-def fit(job: DistillJob, workers: int, failures: int) -> None:
-    """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
+def fit(job: DistillJob, workers: tuple[int, int], failures: int) -> None:
+    """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint.
+
+    Ray ends all workers to change their number, without a warning: what they did since the last checkpoint is done
+    again. So it looks for room only every second checkpoint.
+    """
     cuda, work = job.place.device.startswith("cuda"), Path(job.work)
-    resources = {"CPU": cpus(job.place.threads), "GPU": float(cuda)}
+    elastic: dict[str, Any] = {  # V2's fields, which type checkers do not see
+        "num_workers": workers[1] if workers[0] == workers[1] else workers,
+        "elastic_resize_monitor_interval_s": 2.0 * job.place.checkpoint_seconds,
+    }
     trainer = ray.train.torch.TorchTrainer(
         partial(train_worker, job),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=cuda, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(use_gpu=cuda, resources_per_worker=_resources(job), **elastic),
         run_config=ray.train.RunConfig(
             name=f"distill-{work.name.removesuffix('.partial')}",
             storage_path=str(work / FOLDER),
@@ -115,25 +133,40 @@ def fit(job: DistillJob, workers: int, failures: int) -> None:
     trainer.fit()
 
 
-def distill(job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES) -> None:
-    """Carry step 5 out with `workers` workers; `tick` is called twice a second. Raises TaskError where it fails.
+def _resources(job: DistillJob) -> dict[str, float]:
+    """What one worker takes."""
+    return {"CPU": cpus(job.place.threads), "GPU": float(job.place.device.startswith("cuda"))}
+
+
+def distill(job: DistillJob, workers: tuple[int, int], tick: Callable[[], None], failures: int = FAILURES) -> None:
+    """Carry step 5 out with (fewest, most) workers; `tick` is called twice a second. Raises TaskError where it fails.
 
     `fit` has a process of its own: this one stays free to tick and to be interrupted.
     """
     work = Path(job.work)
     if not (work / "artifact.json").exists():  # else a driver died between finishing and committing
+        resources = _resources(job)
+        once = ray.remote(
+            num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=failures, max_calls=1,
+            scheduling_strategy="DEFAULT",  # not inside what a Tune trial around it holds
+        )(prepare)
+        _finish(once.remote(job), tick)
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        running = start.remote(job, workers, failures)
-        try:
-            while not ray.wait([running], timeout=0.5)[0]:
-                tick()
-            ray.get(running)
-        except RayError as error:
-            raise TaskError(f"distill failed:\n{error}") from error
-        except BaseException:
-            ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
-            ray.wait([running], timeout=STOP_SECONDS)
-            ray.cancel(running, force=True)
-            raise
+        _finish(start.remote(job, workers, failures), tick)
     shutil.rmtree(work / FOLDER, ignore_errors=True)  # Ray's state holds pickles: not for an artifact
+
+
+def _finish(running: ray.ObjectRef, tick: Callable[[], None]) -> None:
+    """Wait for a task, ticking; end it where this process is to stop. Raises TaskError where it failed."""
+    try:
+        while not ray.wait([running], timeout=0.5)[0]:
+            tick()
+        ray.get(running)
+    except RayError as error:
+        raise TaskError(f"distill failed:\n{error}") from error
+    except BaseException:
+        ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
+        ray.wait([running], timeout=STOP_SECONDS)
+        ray.cancel(running, force=True)
+        raise

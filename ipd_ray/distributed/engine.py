@@ -47,10 +47,13 @@ class RayEngine:
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         _require_absolute("distill", job.work)
+        most, gpus = self._runtime.workers, float(self._cuda)
+        fewest = self._runtime.min_workers or most
         if not self._runtime.train_threads:  # all cores over the workers: the cluster's cores, not the driver's
-            threads = self._look().threads(self._runtime.workers, 1.0 if self._cuda else 0.0)
+            now = self._look()
+            threads = now.threads(min(most, max(fewest, now.slots(1, gpus))), gpus)
             job = replace(job, place=replace(job.place, threads=threads))
-        distill(job, self._runtime.workers, tick)
+        distill(job, (fewest, most), tick)
 
     def close(self) -> None:
         self._pool.clear()

@@ -27,7 +27,7 @@ STEPS = list(range(3, 61, 3))
 def on_ray(job: DistillJob, workers: int = 1, **more: int) -> None:
     from ipd_ray.distributed.distill import distill
 
-    distill(job, workers, lambda: None, **more)
+    distill(job, (workers, workers), lambda: None, **more)
 
 
 def digest(work: Path) -> str:
@@ -89,7 +89,7 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
         "import pickle, ray\n"
         f"ray.init(address={ray_cluster!r}, log_to_driver=False)\n"
         "from ipd_ray.distributed.distill import distill\n"
-        "distill(pickle.load(open('job', 'rb')), 1, lambda: None)\n"
+        "distill(pickle.load(open('job', 'rb')), (1, 1), lambda: None)\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     try:
