@@ -107,3 +107,26 @@ class SlowJob(DistillJob):
 
         trainer.update = slow_update  # type: ignore[method-assign]
         return trainer
+
+
+@dataclass(frozen=True)
+class ElasticJob(DistillJob):
+    """A distillation that waits before some updates until it has a certain number of workers."""
+
+    gates: dict[int, int]
+    """Update to workers."""
+
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
+        update, world = trainer.update, reducer.world if reducer else 1
+
+        def patient_update(step: int) -> dict[str, Tensor]:
+            end = time.monotonic() + 180.0
+            while self.gates.get(step, world) != world:  # Ray ends this process to change their number
+                if time.monotonic() > end:
+                    raise TimeoutError(f"update {step} waited in vain for {self.gates[step]} workers")
+                time.sleep(0.05)
+            return update(step)
+
+        trainer.update = patient_update  # type: ignore[method-assign]
+        return trainer

@@ -181,7 +181,6 @@ class DistillTrainer:
         for name, value in corpus.moments.items():
             getattr(self.model, name).copy_(torch.tensor(value))
         self.model.to(device).train()
-        self.mixture = corpus.mixture
         self.windows = Windows(
             corpus.columns,
             corpus.mixture,
@@ -283,8 +282,8 @@ class DistillTrainer:
         squares, gained, count = self._reducer.sum(sums).tolist()
         out = {
             "imitation_rmse": math.sqrt(squares / count),
-            "imagined_ratio": self.mixture.imagined_ratio,
-            "imagined_steps": float(self.mixture.imagined_steps),
+            "imagined_ratio": self.windows.mixture.imagined_ratio,
+            "imagined_steps": float(self.windows.mixture.imagined_steps),
             "critic_scale": self._critic_scale,
         }
         if self._critic is not None:

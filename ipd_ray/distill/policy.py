@@ -22,7 +22,7 @@ class Block(nn.Module):
 
     def forward(self, x_BNW: Tensor, mask: Tensor | None, noise_B: Tensor | None) -> Tensor:
         B, N, W = x_BNW.shape
-        q, k, v = self.qkv(self.norm_1(x_BNW)).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm_1(x_BNW)).reshape(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         attended = self.merge(attended.transpose(1, 2).reshape(B, N, W))
         x_BNW = x_BNW + _dropped(attended, self.dropout, noise_B)

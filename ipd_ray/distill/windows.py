@@ -136,7 +136,7 @@ class Windows:
         rank: int = 0,
         world: int = 1,
     ):
-        self._mixture, self._batch_size, self._seed, self._device = mixture, batch_size, seed, device
+        self.mixture, self._batch_size, self._seed, self._device = mixture, batch_size, seed, device
         self._slices = rank * SLICES // world, (rank + 1) * SLICES // world
         begin, end = self._held(mixture.steps)
         log = slice(max(0, begin - context + 1), end)
@@ -158,13 +158,13 @@ class Windows:
     def draw(self, step: int) -> Batch:
         """Return this worker's part of the global batch of update `step`, which is the same whatever their number."""
         generator = block_generator(self._seed, _STREAM, step)
-        plans = int(self._mixture.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
+        plans = int(self.mixture.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
         noise = torch.randint(-(2**30), 2**30, (self._batch_size,), generator=generator, dtype=torch.int32) * 2 + 1
         of_log, of_plans = noise.split([self._batch_size - plans, plans])
-        mine, steps = self._draw(len(of_log), self._mixture.steps, generator)
+        mine, steps = self._draw(len(of_log), self.mixture.steps, generator)
         ends, noise = steps - self._first_step, of_log[mine]
         if plans:
-            mine, windows = self._draw(plans, self._mixture.plan_windows, generator)
+            mine, windows = self._draw(plans, self.mixture.plan_windows, generator)
             ends = torch.cat([ends, self.imagined_ends[windows - self._first_plan]])
             noise = torch.cat([noise, of_plans[mine]])
         return self.gather(ends, noise)
@@ -189,7 +189,7 @@ class Windows:
 
     def spread(self, count: int) -> Tensor:
         """Return this worker's part of about `count` steps of the log at equal distances, as `gather` takes them."""
-        steps = self._mixture.steps
+        steps = self.mixture.steps
         ends = torch.arange(0, steps, max(1, steps // count))
         owner = ends * SLICES // steps
         return ends[(owner >= self._slices[0]) & (owner < self._slices[1])] - self._first_step

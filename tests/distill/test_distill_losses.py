@@ -172,7 +172,7 @@ def test_plans_are_imitated_where_they_are_mixed_in():
     # The plans act with 0.9 in every state; half of the positions are theirs at a reuse cap that allows it.
     t = trainer(imagined_ratio=0.5, reuse_cap=1000.0)
     learn(t)
-    assert t.mixture.imagined_ratio == 0.5
+    assert t.windows.mixture.imagined_ratio == 0.5
     s, plan = t.windows.gather(t.windows.imagined_ends), t.model.eval()
     with torch.no_grad():
         pi = plan(s.prompt, s.observation, s.action, s.timestep, s.valid)
@@ -228,11 +228,11 @@ class _Worker:
         return self._pair.sum(self.rank, tensor)
 
 
-@pytest.mark.parametrize("scale", ["std", "mean_abs"])
-def test_two_workers_learn_what_one_learns(scale: str):
-    # Dropout is off: only the order of sums differs. The batch of 31 is shared unevenly.
+@pytest.mark.parametrize(("scale", "batch_size"), [("std", 31), ("mean_abs", 31), ("std", 1)])
+def test_two_workers_learn_what_one_learns(scale: str, batch_size: int):
+    # Only the order of sums differs. The batch of 31 is shared unevenly, of the batch of one a worker has nothing.
     config = {
-        "eta": 1.0, "imagined_ratio": 0.5, "prompt": "value", "batch_size": 31, "critic_scale": scale,
+        "eta": 1.0, "imagined_ratio": 0.5, "prompt": "value", "batch_size": batch_size, "critic_scale": scale,
         "weight": np.linspace(0.1, 1.9, 80, dtype=np.float32),
     }
     alone = trainer(towards(0.8), **config)
