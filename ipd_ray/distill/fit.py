@@ -56,7 +56,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Material:
-    """All that is distilled: data, nothing of how they were made."""
+    """All that is distilled, nothing of how it was made."""
 
     log: Log
     segments: Segments
@@ -165,7 +165,7 @@ class DistillTrainer:
     def __init__(
         self,
         corpus: Corpus,
-        critic: CriticFn,
+        critic: CriticFn | None,
         policy: PolicyConfig,
         config: DistillConfig,
         *,

@@ -129,7 +129,7 @@ def test_workers_come_and_go_with_the_nodes_and_the_curve_stays_whole(tiny_metho
         "ray.shutdown()\n"
         "cluster.shutdown()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     work = tmp_path / "work"
     assert steps(work) == STEPS
