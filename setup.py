@@ -24,7 +24,7 @@ setup(
         "PyYAML>=6.0",
         # `default` brings the dashboard: `ray job` needs it, and so does Train inside Tune, which asks its State API
         # to free the CPUs of a stopped trial; without it a sweep hangs. Not `rllib`: it pins gymnasium.
-        "ray[default,tune,train]>=2.54",
+        "ray[default,tune,train]>=2.60",
         "rich>=13.0",
         "safetensors>=0.4.3",
         "torch>=2.6",

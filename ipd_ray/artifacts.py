@@ -83,6 +83,13 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
 
 
+def open_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a safetensors file's tensors and metadata without reading it: a slice of a tensor reads those rows."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Return tensors and metadata of a folder's checkpoint, or None where there is none; a damaged one is removed."""
     try:

@@ -37,6 +37,9 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABELS = re.compile(rf"(?:(?:{_LABEL}/)?{_LABEL}={_LABEL}(?:,(?!$)|$))*")
 
+SLICES = 64
+"""Equal shares of what is distilled, in order; each belongs to one worker as a whole, so there are no more workers."""
+
 
 class Section(BaseModel):
     """One step's knobs: frozen, no unknown fields, documented by the text under each field."""
@@ -324,8 +327,11 @@ class RuntimeConfig(Section):
     """Ray cluster to join (`auto`, `ray://...`, host:port); a cluster of this machine where not given."""
     device: str = "auto"
     """Torch device of every step; auto: cuda where there is one, else cpu."""
-    workers: PositiveInt = 1
-    """Distillation workers of the ray engine; the batch is shared among them."""
+    workers: Annotated[int, Field(ge=1, le=SLICES)] = 1
+    """Distillation workers of the ray engine; batch and data are shared among them."""
+    min_workers: Annotated[int, Field(ge=0, le=SLICES)] = 0
+    """Distillation goes on with as few as these while nodes are missing, and with up to `workers` once they are back;
+    0: never with fewer than `workers`."""
     actors: NonNegativeInt = 0
     """Imagination actors (ray) or processes (local) at most; 0: as many as there are cores, or GPUs on cuda, and on an
     autoscaled cluster as many again, as often as they find room. Never more than shards wait."""
@@ -400,6 +406,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"runtime.workers={self.runtime.workers} must be at most distill.batch_size="
                 f"{self.distill.batch_size}: every worker needs a window of the batch."
+            )
+        if self.runtime.min_workers > self.runtime.workers:
+            raise ValueError(
+                f"runtime.min_workers={self.runtime.min_workers} must be at most runtime.workers="
+                f"{self.runtime.workers}: lower runtime.min_workers or raise runtime.workers."
             )
         if self.runtime.engine == "local" and self.runtime.workers > 1:
             raise ValueError(

@@ -314,12 +314,18 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
         p, d = config.policy, config.distill
         tokens = _tokens(config)
         activations = 4.0 * d.batch_size * tokens * p.width * 20 * p.layers
-        return log + activations + _segment_bytes(config, sizes) * 2 + 4.0 * 6 * w.policy + 4.0 * steps * (o + a + 6)
+        corpus, policy = _corpus_bytes(config, sizes), 4.0 * 6 * w.policy
+        prepared = log + 4.0 * steps * 3 + _segment_bytes(config, sizes) * 2 + corpus
+        if config.runtime.engine == "local":
+            return prepared + activations + policy
+        # One process prepares; then a worker holds its slices, and while it reads them, twice.
+        fewest = config.runtime.min_workers or config.runtime.workers
+        return max(prepared, PROCESS_BYTES + (2 * corpus + activations) / fewest + policy)
     return PROCESS_BYTES + 4.0 * 2 * (w.policy + w.values)
 
 
 def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
-    """Bytes of the artifact, and of the largest checkpoint on the way."""
+    """Bytes of the artifact, and of the largest checkpoint and what workers read on the way."""
     w = _Weights.of(config, sizes)
     if step == "values":
         return 4.0 * (w.values * 5)
@@ -328,7 +334,8 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "imagine":
         return _segment_bytes(config, sizes)
     if step == "distill":
-        return 4.0 * (w.policy * (4 + config.distill.snapshots) + 2 * w.values)
+        corpus = _corpus_bytes(config, sizes) if config.runtime.engine == "ray" else 0.0
+        return 4.0 * (w.policy * (4 + config.distill.snapshots) + 2 * w.values) + corpus
     return 4e3
 
 
@@ -336,6 +343,14 @@ def _segment_bytes(config: RunConfig, sizes: Sizes) -> float:
     length = config.imagine.length
     numbers = (length + 1) * (sizes.observation + 2) + length * (sizes.action + 4) + 10
     return _starts(config, sizes) * 4.0 * numbers
+
+
+def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """What distillation draws windows from: the log, and plans behind the real steps that they look back on."""
+    plans = 0
+    if config.distill.imagined_ratio > 0:
+        plans = _starts(config, sizes) * (config.imagine.length + config.policy.context - 1)
+    return 4.0 * (sizes.steps + plans) * (sizes.observation + sizes.action + 3)
 
 
 def _log_bytes(sizes: Sizes) -> float:

@@ -30,6 +30,7 @@ from ipd_ray.data.columns import fetch_columns
 from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entries, read_shard, write_shard
 from ipd_ray.data.transitions import Floats, Log, prepare
 from ipd_ray.distill.fit import (
+    Corpus,
     DistillTrainer,
     Material,
     Reducer,
@@ -262,8 +263,8 @@ class DistillJob:
     distill: DistillConfig
     seed: int
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
-        """Return the trainer, ready for its first update, and what was accepted."""
+    def prepare(self) -> Corpus:
+        """Return what is distilled, ready for any number of workers. The one part that needs all of the data."""
         log, device = self.log.load(), self.place.device
         values = values_of(self.values, device)
         t = log.transitions
@@ -280,11 +281,44 @@ class DistillJob:
             self._prompts(log, segments, verdict),
             advantage_weight(of_log, of_log, temperature),
             advantage_weight(of_plans, of_log, temperature),
-            values.q,
             uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
         )
-        trainer = DistillTrainer(material, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer)
-        return trainer, imagined
+        target = self.distill.target_return
+        if self.distill.prompt == "fixed" and target is None:
+            target = float(t.episode_return.max())
+        notes = {
+            "imagined": imagined,
+            "log": {"spec": t.spec.__dict__, "reward_scale": log.reward_scale, "discount": log.discount},
+            "target_return": target,
+        }
+        return Corpus.of(material, self.policy, self.distill, notes)
+
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        """Return the trainer of one worker, ready for its first update."""
+        critic, device = values_of(self.values, self.place.device).q, self.place.device
+        return DistillTrainer(
+            corpus, critic, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer
+        )
+
+    def train(self, corpus: Corpus, workspace: Workspace, reducer: Reducer | None = None) -> None:
+        """Carry out one worker's part; the first one leaves the policy artifact: everything that acting needs."""
+        trainer = self.trainer(corpus, reducer)
+        for _ in fit_policy(trainer, self.distill, workspace):
+            pass
+        diagnostics = trainer.diagnose()
+        if reducer is not None and reducer.rank > 0:
+            return
+        values = Artifact(self.values)
+        workspace.finish(
+            {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())},
+            {**diagnostics, "imagined": corpus.notes["imagined"]},
+            **corpus.notes["log"],
+            prompt=self.distill.prompt,
+            policy=self.policy.model_dump(mode="json"),
+            values={k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
+            target_return=corpus.notes["target_return"],
+            updates=self.distill.updates,
+        )
 
     def imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
         """Return all imagined segments, which of them count and how far, and what a run reports of that."""
@@ -329,37 +363,11 @@ class DistillJob:
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
 
-    def finish(self, workspace: Workspace, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
-        """Leave the policy artifact: everything that acting needs."""
-        log, t = self.log.load(), self.log.load().transitions
-        values = Artifact(self.values)
-        target = self.distill.target_return
-        if self.distill.prompt == "fixed" and target is None:
-            target = float(t.episode_return.max())
-        tensors = {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())}
-        described = {k: values.described[k] for k in ("values", "observation_dim", "action_dim")}
-        spec = {**t.spec.__dict__}
-        workspace.finish(
-            tensors,
-            {**trainer.diagnose(), "imagined": imagined},
-            spec=spec,
-            reward_scale=log.reward_scale,
-            prompt=self.distill.prompt,
-            discount=log.discount,
-            policy=self.policy.model_dump(mode="json"),
-            values=described,
-            target_return=target,
-            updates=self.distill.updates,
-        )
-
 
 def run_distill(work: str, place: Place, job: DistillJob) -> None:
     """Step 5 in one process."""
     workspace = place.workspace(work)
-    trainer, imagined = job.trainer()
-    for _ in fit_policy(trainer, job.distill, workspace):
-        pass
-    job.finish(workspace, trainer, imagined)
+    job.train(job.prepare(), workspace)
 
 
 def policies_of(artifact: Artifact) -> list[tuple[int, dict[str, torch.Tensor]]]:

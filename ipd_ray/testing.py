@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ipd_ray.data.shards import Segments, write_shard
-from ipd_ray.distill.fit import DistillTrainer, Reducer
+from ipd_ray.distill.fit import Corpus, DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder, probe
 
@@ -108,8 +108,8 @@ class MortalJob(DistillJob):
     step: int
     """Update in which it happens."""
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
-        trainer, imagined = super().trainer(reducer)
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
         update = trainer.update
 
         def mortal_update(step: int) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class MortalJob(DistillJob):
             return update(step)
 
         trainer.update = mortal_update  # type: ignore[method-assign]
-        return trainer, imagined
+        return trainer
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class SlowJob(DistillJob):
 
     seconds: float
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
-        trainer, imagined = super().trainer(reducer)
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
         update = trainer.update
 
         def slow_update(step: int) -> dict[str, Tensor]:
@@ -136,7 +136,30 @@ class SlowJob(DistillJob):
             return update(step)
 
         trainer.update = slow_update  # type: ignore[method-assign]
-        return trainer, imagined
+        return trainer
+
+
+@dataclass(frozen=True)
+class ElasticJob(DistillJob):
+    """A distillation that waits before some updates until it has a certain number of workers."""
+
+    gates: dict[int, int]
+    """Update to workers."""
+
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
+        trainer = super().trainer(corpus, reducer)
+        update, world = trainer.update, reducer.world if reducer else 1
+
+        def patient_update(step: int) -> dict[str, Tensor]:
+            end = time.monotonic() + 180.0
+            while self.gates.get(step, world) != world:  # Ray ends this process to change their number
+                if time.monotonic() > end:
+                    raise TimeoutError(f"update {step} waited in vain for {self.gates[step]} workers")
+                time.sleep(0.05)
+            return update(step)
+
+        trainer.update = patient_update  # type: ignore[method-assign]
+        return trainer
 
 
 @dataclass(frozen=True)
@@ -146,6 +169,6 @@ class LocatedJob(DistillJob):
     found: str
     """Folder that gets a file of that name."""
 
-    def trainer(self, reducer: Reducer | None = None) -> tuple[DistillTrainer, dict[str, Any]]:
+    def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
         (Path(self.found) / os.environ["RAY_RAYLET_PID"]).touch()
-        return super().trainer(reducer)
+        return super().trainer(corpus, reducer)

@@ -67,7 +67,15 @@ def test_every_wrong_value_is_told_at_once():
         (["policy.width=30"], r"policy\.width=30 must be a multiple of policy\.heads=4"),
         (["runtime.workers=2"], r"runtime\.workers=2 needs runtime\.engine=ray"),
         (["runtime.actors=2", "runtime.min_actors=3"], r"runtime\.min_actors=3 must be at most runtime\.actors=2"),
-        (["runtime.engine=ray", "runtime.workers=200"], r"runtime\.workers=200 must be at most distill\.batch_size"),
+        (
+            ["runtime.engine=ray", "runtime.workers=20", "distill.batch_size=16"],
+            r"runtime\.workers=20 must be at most distill\.batch_size=16",
+        ),
+        (["runtime.engine=ray", "runtime.workers=65"], r"runtime\.workers=65 is not valid: .*less than or equal to 64"),
+        (
+            ["runtime.engine=ray", "runtime.workers=2", "runtime.min_workers=3"],
+            r"runtime\.min_workers=3 must be at most runtime\.workers=2",
+        ),
     ],
 )
 def test_fields_that_contradict_each_other_are_both_named(words: list[str], message: str):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace, read_jsonl
 from ipd_ray.config import DistillConfig, PolicyConfig, RunConfig, ValuesConfig, WorldModelConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.distill.fit import DistillTrainer, Material, fit_policy
+from ipd_ray.distill.fit import Corpus, DistillTrainer, Material, fit_policy
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.training import Trainer, train
 from ipd_ray.values.fit import ValueTrainer, fit_values
@@ -54,10 +54,10 @@ def distill_trainer() -> DistillTrainer:
 
     weight = np.ones(len(log.reward), np.float32)
     plans = np.array([True, True]), np.array([4, 3])
-    material = Material(log, segments, *plans, prompts, weight, np.ones((2, 4), np.float32), critic, 1.0)
+    material = Material(log, segments, *plans, prompts, weight, np.ones((2, 4), np.float32), 1.0)
     policy = PolicyConfig(context=3, layers=1, heads=2, width=8, dropout=0.3)
     config = DistillConfig(updates=20, batch_size=8, warmup=5, eta=0.5)
-    return DistillTrainer(material, policy, config, seed=0, device="cpu")
+    return DistillTrainer(Corpus.of(material, policy, config), critic, policy, config, seed=0, device="cpu")
 
 
 TRAINERS = pytest.mark.parametrize("make", [value_trainer, world_model_trainer, distill_trainer])

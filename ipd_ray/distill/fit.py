@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,17 +13,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
+from ipd_ray.artifacts import (
+    Workspace,
+    load_optimizer,
+    open_tensors,
+    optimizer_tensors,
+    prefixed,
+    save_tensors,
+    stripped,
+)
 from ipd_ray.config import DistillConfig, PolicyConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 from ipd_ray.distill.losses import CriticFn, loss_sums
 from ipd_ray.distill.policy import TransformerPolicy
-from ipd_ray.distill.windows import Prompts, Windows
+from ipd_ray.distill.windows import Mixture, Prompts, Rows, Windows, flatten
 from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 
-VERSION = 3
+VERSION = 4
 _STREAM = 66
 
 
@@ -47,7 +56,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Material:
-    """All that is distilled: data and a critic, nothing of how they were made."""
+    """All that is distilled, nothing of how it was made."""
 
     log: Log
     segments: Segments
@@ -59,9 +68,55 @@ class Material:
     """(T,) imitation weight of the log's steps, mean 1."""
     imagined_weight: Floats
     """(S, L) imitation weight of imagined steps, by the same rule."""
-    critic: CriticFn | None
     critic_scale: float
     """Spread of Q(s, .) over uniform actions, mean over states of the log."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Material as columns, of which each worker reads its slices, and what every worker must know of all of it."""
+
+    columns: Mapping[str, Rows]
+    """See `windows.flatten`."""
+    mixture: Mixture
+    moments: Mapping[str, Any]
+    """Buffers of the policy: how it normalises observations and prompts."""
+    critic_scale: float
+    notes: Mapping[str, Any]
+    """What the artifact will say of it; JSON."""
+
+    @classmethod
+    def of(
+        cls, material: Material, policy: PolicyConfig, config: DistillConfig, notes: Mapping[str, Any] | None = None
+    ) -> Corpus:
+        """Return it of material. This needs all of the data at once, which training then does not."""
+        m = material
+        columns, mixture = flatten(
+            m.log, m.segments, m.accepted, m.lengths, m.prompts, m.weight, m.imagined_weight, config, policy.context
+        )
+        mean, std = m.log.observation_moments
+        low, high = np.quantile(m.prompts.log, [0.001, 0.999])
+        moments = {
+            "observation_mean": mean.tolist(),
+            "observation_std": std.tolist(),
+            "prompt_mean": float(m.prompts.log.mean()),
+            "prompt_std": max(float(m.prompts.log.std()), 1e-6),
+            "prompt_low": float(low),
+            "prompt_high": float(high),
+        }
+        return cls(columns, mixture, moments, m.critic_scale, notes or {})
+
+    def write(self, path: Path) -> None:
+        """Write it into one file, atomically."""
+        about = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "columns"}
+        columns = {name: column[:] for name, column in self.columns.items()}
+        save_tensors(path, columns, {**about, "mixture": asdict(self.mixture)})
+
+    @classmethod
+    def open(cls, path: Path) -> Corpus:
+        """Return what `write` wrote; of the columns only the rows asked for are ever read."""
+        columns, about = open_tensors(path)
+        return cls(columns=columns, **{**about, "mixture": Mixture(**about["mixture"])})
 
 
 def advantage_weight(advantage: Floats, of_log: Floats, temperature: float) -> Floats:
@@ -109,7 +164,8 @@ class DistillTrainer:
 
     def __init__(
         self,
-        material: Material,
+        corpus: Corpus,
+        critic: CriticFn | None,
         policy: PolicyConfig,
         config: DistillConfig,
         *,
@@ -117,38 +173,26 @@ class DistillTrainer:
         device: str,
         reducer: Reducer | None = None,
     ):
-        t = material.log.transitions
         self._config, self._seed, self._device = config, seed, device
         self._reducer = reducer or Alone()
         torch.manual_seed(seed + 2)
-        self.model = TransformerPolicy(t.observation_dim, t.spec.action_dim, policy, prompted=config.prompt != "none")
-        mean, std = material.log.observation_moments
-        self.model.observation_mean.copy_(torch.from_numpy(mean))
-        self.model.observation_std.copy_(torch.from_numpy(std))
-        low, high = np.quantile(material.prompts.log, [0.001, 0.999])
-        for name, value in (
-            ("mean", material.prompts.log.mean()),
-            ("std", max(float(material.prompts.log.std()), 1e-6)),
-            ("low", low),
-            ("high", high),
-        ):
-            getattr(self.model, f"prompt_{name}").fill_(float(value))
+        observation_dim, action_dim = (corpus.columns[f"log.{n}"][:0].shape[1] for n in ("observation", "action"))
+        self.model = TransformerPolicy(observation_dim, action_dim, policy, prompted=config.prompt != "none")
+        for name, value in corpus.moments.items():
+            getattr(self.model, name).copy_(torch.tensor(value))
         self.model.to(device).train()
         self.windows = Windows(
-            material.log,
-            material.segments,
-            material.accepted,
-            material.lengths,
-            material.prompts,
-            material.weight,
-            material.imagined_weight,
-            config,
+            corpus.columns,
+            corpus.mixture,
+            batch_size=config.batch_size,
             context=policy.context,
             seed=seed,
             device=device,
+            rank=self._reducer.rank,
+            world=self._reducer.world,
         )
-        self._critic = material.critic if config.eta > 0 else None
-        self._critic_scale = material.critic_scale
+        self._critic = critic if config.eta > 0 else None
+        self._critic_scale = corpus.critic_scale
         named = dict(self.model.named_parameters())
         plain = [p for n, p in named.items() if p.ndim < 2 or "timestep" in n]
         decayed = [p for n, p in named.items() if not (p.ndim < 2 or "timestep" in n)]
@@ -168,9 +212,9 @@ class DistillTrainer:
 
     def update(self, step: int) -> dict[str, Tensor]:
         config, reduce = self._config, self._reducer
-        batch = self.windows.draw(step, reduce.rank, reduce.world)
-        torch.manual_seed(((self._seed * 1_000_003 + step) * 64 + reduce.rank) % (1 << 63))  # dropout
-        pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)
+        batch = self.windows.draw(step)
+        torch.manual_seed((self._seed * 1_000_003 + step) % (1 << 63))  # dropout, the same whoever holds a window
+        pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid, batch.noise)
         leaf = pi.detach().requires_grad_(True)
         i = int(torch.randint(2, (), generator=block_generator(self._seed, _STREAM, step)))
         sums = loss_sums(leaf, batch.action, batch.observation, batch.weight, self._critic, (i, 1 - i))
@@ -221,22 +265,29 @@ class DistillTrainer:
 
     @torch.no_grad()
     def diagnose(self) -> dict[str, Any]:
-        """How far Q trusts the policy over the log, and what was mixed. Watch q_advantage: a run-away is an exploit."""
+        """How far Q trusts the policy over the log, and what was mixed. Watch q_advantage: a run-away is an exploit.
+
+        All workers must call it.
+        """
         self.model.load_state_dict(self.policy_state())
         self.model.eval()
-        ends = torch.arange(0, len(self.windows.real_ends), max(1, len(self.windows.real_ends) // 2048))
-        batch = self.windows.gather(self.windows.real_ends[ends])
+        batch = self.windows.gather(self.windows.spread(2048))
         pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid)[:, -1]
-        out = {
-            "imitation_rmse": float((pi - batch.action[:, -1]).square().mean().sqrt()),
-            "imagined_ratio": self.windows.imagined_ratio,
-            "imagined_steps": float(self.windows.imagined_steps),
-            "critic_scale": self._critic_scale,
-        }
+        error = (pi - batch.action[:, -1]).square().mean(-1)
+        gain = torch.zeros_like(error)
         if self._critic is not None:
             last = batch.observation[:, -1]
             gain = self._critic(last, pi).amin(0) - self._critic(last, batch.action[:, -1]).amin(0)
-            out["q_advantage"] = float(gain.mean()) / max(self._critic_scale, 1e-8)
+        sums = torch.stack([error.sum(), gain.sum(), torch.ones_like(error).sum()])
+        squares, gained, count = self._reducer.sum(sums).tolist()
+        out = {
+            "imitation_rmse": math.sqrt(squares / count),
+            "imagined_ratio": self.windows.mixture.imagined_ratio,
+            "imagined_steps": float(self.windows.mixture.imagined_steps),
+            "critic_scale": self._critic_scale,
+        }
+        if self._critic is not None:
+            out["q_advantage"] = gained / count / max(self._critic_scale, 1e-8)
         return out
 
 

@@ -20,14 +20,14 @@ class Block(nn.Module):
         self.merge = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x_BNW: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BNW: Tensor, mask: Tensor | None, noise_B: Tensor | None) -> Tensor:
         B, N, W = x_BNW.shape
-        q, k, v = self.qkv(self.norm_1(x_BNW)).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm_1(x_BNW)).reshape(B, N, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         attended = self.merge(attended.transpose(1, 2).reshape(B, N, W))
-        x_BNW = x_BNW + F.dropout(attended, self.dropout, self.training)
+        x_BNW = x_BNW + _dropped(attended, self.dropout, noise_B)
         wide = F.relu(self.up(self.norm_2(x_BNW)))  # as Decision Transformer; GELU costs a sixth of a step on a CPU
-        return x_BNW + F.dropout(self.down(wide), self.dropout, self.training)
+        return x_BNW + _dropped(self.down(wide), self.dropout, noise_B)
 
 
 class TransformerPolicy(nn.Module):
@@ -64,12 +64,19 @@ class TransformerPolicy(nn.Module):
             self.register_buffer(f"prompt_{name}", torch.tensor(value))
 
     def forward(
-        self, prompt_BK: Tensor, observation_BKO: Tensor, action_BKA: Tensor, timestep_BK: Tensor, valid_BK: Tensor
+        self,
+        prompt_BK: Tensor,
+        observation_BKO: Tensor,
+        action_BKA: Tensor,
+        timestep_BK: Tensor,
+        valid_BK: Tensor,
+        noise_B: Tensor | None = None,
     ) -> Tensor:
         """Return actions (B, K, A) inside (-1, 1).
 
         prompt_BK: in its own units, clipped here to the range seen in training. observation_BKO: raw. action_BKA: the
-        last one is not looked at. valid_BK: False on the left padding before an episode's start.
+        last one is not looked at. valid_BK: False on the left padding before an episode's start. noise_B: odd int32 a
+        window, with which dropout is done as `_dropped` says; None: no dropout.
         """
         time = self.embed_timestep(timestep_BK.clamp(max=self.max_timestep - 1))
         observation = self.embed_observation((observation_BKO - self.observation_mean) / self.observation_std)
@@ -89,9 +96,23 @@ class TransformerPolicy(nn.Module):
         x_BNW = self.norm_in(x_BNW)
         mask = None if bool(valid_BK.all()) else _mask(valid_BK.repeat_interleave(kinds, 1)[:, : x_BNW.shape[1]])
         for block in self.blocks:
-            x_BNW = block(x_BNW, mask)
+            x_BNW = block(x_BNW, mask, noise_B)
         at_observation = x_BNW[:, max(kinds - 2, 0) :: kinds]
         return torch.tanh(self.head(self.norm_out(at_observation)))
+
+
+def _dropped(x_BNW: Tensor, rate: float, noise_B: Tensor | None) -> Tensor:
+    """Dropout whose mask is the same for a window whichever batch it is a part of, at the cost of the usual one.
+
+    A table of 32-bit words, drawn from torch's global generator for all windows, is multiplied by each window's odd
+    number modulo 2^32: uniform again, so each value is kept with probability 1 - rate, windows being as good as
+    independent.
+    """
+    if noise_B is None or rate == 0:
+        return x_BNW
+    table_NW = torch.randint(-(2**31), 2**31, x_BNW.shape[1:], dtype=torch.int32, device=x_BNW.device)
+    kept = noise_B[:, None, None] * table_NW >= int(2**32 * rate) - 2**31
+    return torch.where(kept, x_BNW * (1.0 / (1.0 - rate)), 0.0)
 
 
 def _mask(valid_BN: Tensor) -> Tensor:

@@ -1,20 +1,33 @@
-"""Windows of the log and of spliced plans, gathered on the device. Shapes: F flat positions, K context, B windows."""
+"""Windows of the log and of spliced plans, in 64 slices that workers share out.
+
+Shapes: T steps of the log, P positions of spliced plans, M windows over them, K context, B windows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Generator, Tensor
 
-from ipd_ray.config import DistillConfig
+from ipd_ray.config import SLICES, DistillConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 from ipd_ray.layers import block_generator
 
+_WIDE, _NARROW = ("observation", "action"), ("prompt", "weight")
 _STREAM = 55
+
+
+class Rows(Protocol):
+    """A column in memory or in a file, of which rows can be read."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Return rows as a tensor."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,68 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """How many windows there are to draw, and how many of a batch are over plans."""
+
+    steps: int
+    """T; each ends a window."""
+    plan_windows: int
+    """M"""
+    imagined_steps: int = 0
+    imagined_ratio: float = 0.0
+    """Share of the imitated positions that are imagined."""
+    imagined_per_batch: float = 0.0
+    """Windows over plans that a batch holds, on average."""
+
+
+def flatten(
+    log: Log,
+    segments: Segments,
+    accepted: Bools,
+    lengths: Ints,
+    prompts: Prompts,
+    weight: Floats,
+    imagined_weight: Floats,
+    config: DistillConfig,
+    context: int,
+) -> tuple[dict[str, Tensor], Mixture]:
+    """Return the columns that windows are cut from, and how they mix.
+
+    Columns are `log.*` (T, ...), `plan.*` (P, ...) and `plan.end` (M,), the positions at which windows over imagined
+    steps end, in order. Every accepted segment is spliced onto its real past: the K - 1 steps of the log before its
+    start (fewer at an episode's beginning) are its context, timesteps count on, and only imagined steps are imitated.
+
+    accepted, lengths: (S,) verdict on the segments. weight, imagined_weight: (T,) and (S, L) imitation weight of the
+    log's and of imagined steps.
+    """
+    t = log.transitions
+    plans = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)
+    columns = {
+        "log.observation": t.observation,
+        "log.action": t.action,
+        "log.prompt": prompts.log,
+        "log.timestep": t.timestep.astype(np.int32),
+        "log.weight": weight,
+        "plan.observation": plans.observation,
+        "plan.action": plans.action,
+        "plan.prompt": plans.prompt,
+        "plan.timestep": plans.timestep.astype(np.int32),
+        "plan.weight": plans.weight,
+        "plan.end": plans.ends,
+    }
+    steps, ends, imagined = len(t), len(plans.ends), int((~plans.is_real).sum())
+    mixture = Mixture(steps, ends, imagined)
+    if ends and config.imagined_ratio > 0:
+        cap = config.reuse_cap * imagined
+        ratio = min(config.imagined_ratio, float(accepted.mean()), cap / (steps + cap))
+        real = float(np.minimum(t.timestep + 1, context).mean())
+        odds = ratio * real / max((1.0 - ratio) * imagined / ends, 1e-9)
+        per_batch = min(config.batch_size - 1.0, config.batch_size * odds / (1.0 + odds))
+        mixture = Mixture(steps, ends, imagined, ratio, per_batch)
+    return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}, mixture
+
+
+@dataclass(frozen=True)
 class Batch:
     """B windows of K positions, left-padded."""
 
@@ -38,86 +113,109 @@ class Batch:
     valid: Tensor
     weight: Tensor
     """(B, K) imitation weight; 0 on padding and on the real past of a plan."""
+    noise: Tensor | None = None
+    """(B,) odd 32-bit number of each drawn window, by which its dropout differs from that of the others."""
 
 
 class Windows:
-    """All positions as flat columns on the device, and where windows may end.
+    """One worker's slices on the device: their positions, and those before them that windows look back on.
 
-    Every accepted segment is spliced onto its real past: the K - 1 steps of the log before its start (fewer at an
-    episode's beginning) are its context, timesteps count on, and only imagined steps are imitated.
+    Slice k holds the steps from floor(k T / 64) up to ceil((k + 1) T / 64), so a step on the border lies in two. The
+    draw is uniform over steps all the same, however few: see `_draw`.
     """
 
     def __init__(
         self,
-        log: Log,
-        segments: Segments,
-        accepted: Bools,
-        lengths: Ints,
-        prompts: Prompts,
-        weight: Floats,
-        imagined_weight: Floats,
-        config: DistillConfig,
+        columns: Mapping[str, Rows],
+        mixture: Mixture,
         *,
+        batch_size: int,
         context: int,
         seed: int,
         device: str,
+        rank: int = 0,
+        world: int = 1,
     ):
-        """accepted, lengths: (S,) verdict on the segments. weight, imagined_weight: (T,) and (S, L) imitation weight of
-        the log's and of imagined steps."""
-        t = log.transitions
-        self.context, self._seed = context, seed
-        spliced = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)
-        columns = {
-            "observation": np.concatenate([t.observation, spliced.observation]),
-            "action": np.concatenate([t.action, spliced.action]),
-            "prompt": np.concatenate([prompts.log, spliced.prompt]),
-            "timestep": np.concatenate([t.timestep, spliced.timestep]),
-            "weight": np.concatenate([weight, spliced.weight]),
-            "begin": np.concatenate([t.episode_start[t.episode], len(t) + spliced.begin]),
-        }
-        self._columns = {name: torch.from_numpy(np.ascontiguousarray(c)).to(device) for name, c in columns.items()}
-        self.real_ends = torch.arange(len(t), device=device)
-        self.imagined_ends = torch.from_numpy(len(t) + spliced.ends).to(device)
-        self.imagined_steps = int((~spliced.is_real).sum())
-        self.imagined_per_batch = 0.0
-        """Windows over plans that a batch holds, on average."""
-        self.imagined_ratio = 0.0
-        if len(self.imagined_ends) and config.imagined_ratio > 0:
-            cap = config.reuse_cap * self.imagined_steps
-            self.imagined_ratio = min(config.imagined_ratio, float(accepted.mean()), cap / (len(t) + cap))
-            real = float(np.minimum(t.timestep + 1, context).mean())
-            imagined = self.imagined_steps / len(self.imagined_ends)
-            odds = self.imagined_ratio * real / max((1.0 - self.imagined_ratio) * imagined, 1e-9)
-            self.imagined_per_batch = min(config.batch_size - 1.0, config.batch_size * odds / (1.0 + odds))
-        self._batch_size = config.batch_size
+        self.mixture, self._batch_size, self._seed, self._device = mixture, batch_size, seed, device
+        self._slices = rank * SLICES // world, (rank + 1) * SLICES // world
+        begin, end = self._held(mixture.steps)
+        log = slice(max(0, begin - context + 1), end)
+        first, last = self._held(mixture.plan_windows)
+        ends = columns["plan.end"][first:last]
+        plan = slice(max(0, int(ends[0]) - context + 1), int(ends[-1]) + 1) if len(ends) else slice(0, 0)
+        self._timestep = torch.cat([columns["log.timestep"][log], columns["plan.timestep"][plan]]).to(device)
+        self._widths = [columns[f"log.{name}"][:0].shape[1] for name in _WIDE] + [1, 1]
+        self._rows = torch.empty((len(self._timestep), sum(self._widths)), device=device)  # side by side: one gather
+        behind = log.stop - log.start  # the log's positions come first
+        for kind, rows, into in (("log", log, self._rows[:behind]), ("plan", plan, self._rows[behind:])):
+            wide, narrow = ([columns[f"{kind}.{n}"][rows].to(device) for n in names] for names in (_WIDE, _NARROW))
+            torch.cat([*wide, *(column[:, None] for column in narrow)], 1, out=into)
+        self._first_step, self._first_plan = log.start, first
+        self.imagined_ends = ends + (behind - plan.start)
+        """Where the windows over plans end, as `gather` takes it."""
+        self._back = torch.arange(1 - context, 1, device=device)
 
-    def draw(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Return worker `rank`'s part of the global batch of update `step`, which is the same whatever `world`."""
+    def draw(self, step: int) -> Batch:
+        """Return this worker's part of the global batch of update `step`, which is the same whatever their number."""
         generator = block_generator(self._seed, _STREAM, step)
-        plans = int(self.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
-        real = torch.randint(len(self.real_ends), (self._batch_size - plans,), generator=generator)
-        ends = self.real_ends[real.to(self.real_ends.device)]
+        plans = int(self.mixture.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
+        noise = torch.randint(-(2**30), 2**30, (self._batch_size,), generator=generator, dtype=torch.int32) * 2 + 1
+        of_log, of_plans = noise.split([self._batch_size - plans, plans])
+        mine, steps = self._draw(len(of_log), self.mixture.steps, generator)
+        ends, noise = steps - self._first_step, of_log[mine]
         if plans:
-            imagined = torch.randint(len(self.imagined_ends), (plans,), generator=generator)
-            ends = torch.cat([ends, self.imagined_ends[imagined.to(ends.device)]])
-        return self.gather(ends[rank::world])
+            mine, windows = self._draw(plans, self.mixture.plan_windows, generator)
+            ends = torch.cat([ends, self.imagined_ends[windows - self._first_plan]])
+            noise = torch.cat([noise, of_plans[mine]])
+        return self.gather(ends, noise)
 
-    def gather(self, ends_B: Tensor) -> Batch:
-        """Return the windows that end at these flat positions."""
-        back = torch.arange(1 - self.context, 1, device=ends_B.device)
-        position = ends_B[:, None] + back
-        valid = position >= self._columns["begin"][ends_B][:, None]
-        position = torch.where(valid, position, ends_B[:, None])
-        c = self._columns
-        zero = valid[..., None]
+    def gather(self, ends_B: Tensor, noise_B: Tensor | None = None) -> Batch:
+        """Return the windows that end at these of the held positions."""
+        ends_B = ends_B.to(self._device)
+        timestep = self._timestep[ends_B].long()[:, None] + self._back
+        valid = timestep >= 0
+        position = torch.where(valid, ends_B[:, None] + self._back, ends_B[:, None])
+        rows = self._rows.index_select(0, position.flatten()).unflatten(0, position.shape) * valid[..., None]
+        observation, action, prompt, weight = rows.split(self._widths, -1)
         return Batch(
-            prompt=torch.where(valid, c["prompt"][position], 0.0),
-            observation=torch.where(zero, c["observation"][position], 0.0),
-            action=torch.where(zero, c["action"][position], 0.0),
-            timestep=torch.where(valid, c["timestep"][position], 0),
+            prompt=prompt[..., 0],
+            observation=observation,
+            action=action,
+            timestep=torch.where(valid, timestep, 0),
             valid=valid,
-            weight=torch.where(valid, c["weight"][position], 0.0),
+            weight=weight[..., 0],
+            noise=None if noise_B is None else noise_B.to(self._device),
         )
+
+    def spread(self, count: int) -> Tensor:
+        """Return this worker's part of about `count` steps of the log at equal distances, as `gather` takes them."""
+        steps = self.mixture.steps
+        ends = torch.arange(0, steps, max(1, steps // count))
+        owner = ends * SLICES // steps
+        return ends[(owner >= self._slices[0]) & (owner < self._slices[1])] - self._first_step
+
+    @property
+    def bytes(self) -> int:
+        """What the worker holds."""
+        return self._rows.nbytes + self._timestep.nbytes + self.imagined_ends.nbytes
+
+    def _held(self, population: int) -> tuple[int, int]:
+        """Return the first of a population that this worker's slices hold, and the one after the last."""
+        first, last = self._slices
+        return first * population // SLICES, -(-last * population // SLICES)
+
+    def _draw(self, count: int, population: int, generator: Generator) -> tuple[slice, Tensor]:
+        """Return which of `count` global draws fall into this worker's slices, and what they are of the population.
+
+        Draws go to slices by systematic sampling: each slice, and each run of slices, has its share to within one. In
+        slice k the draw is floor((k + u) population / 64), u uniform in [0, 1): over all slices exactly uniform.
+        """
+        offset = int(torch.randint(SLICES, (), generator=generator))
+        inside = torch.randint(population, (count,), generator=generator).numpy()
+        owner = (np.arange(count) * SLICES + offset) // count
+        begin, end = np.searchsorted(owner, self._slices)
+        drawn = (owner[begin:end] * population + inside[begin:end]) // SLICES
+        return slice(begin, end), torch.from_numpy(drawn)
 
 
 @dataclass(frozen=True)
@@ -128,10 +226,8 @@ class _Spliced:
     timestep: Ints
     weight: Floats
     is_real: Bools
-    begin: Ints
-    """Flat position at which each position's sequence begins."""
     ends: Ints
-    """Positions at which a window over imagined steps may end."""
+    """Positions at which a window over imagined steps may end, in order."""
 
 
 def _splice(
@@ -161,6 +257,5 @@ def _splice(
         timestep=segments.timestep[row] + place - past[owner],
         weight=np.where(is_real, 0.0, weight[row, k]).astype(np.float32),
         is_real=is_real,
-        begin=offset[owner],
-        ends=np.concatenate(ends).astype(np.int64) if ends else np.zeros(0, np.int64),
+        ends=np.sort(np.concatenate(ends)).astype(np.int64) if ends else np.zeros(0, np.int64),
     )

@@ -159,12 +159,13 @@ def check(runtime: RuntimeConfig, device: str, cluster: Cluster) -> None:
             "runtime.threads or add a larger node."
         )
     threads, per_worker = max(1, runtime.train_threads), 1.0 if cuda else 0.0
-    most = workers.slots(threads, per_worker)
-    if runtime.workers > most:
+    most, fewest = workers.slots(threads, per_worker), runtime.min_workers or runtime.workers
+    if fewest > most:
+        field = "min_workers" if runtime.min_workers else "workers"
         each = f"{threads} CPU{'s' * (threads > 1)}" + " and a GPU" * cuda
         raise UserError(
-            f"runtime.workers={runtime.workers} must be at most {most}: each takes {each}, the cluster has {workers}: "
-            f"lower runtime.workers{' or runtime.train_threads' * (threads > 1)}, or add nodes."
+            f"runtime.{field}={fewest} must be at most {most}: each takes {each}, the cluster has {workers}: "
+            f"lower runtime.{field}{' or runtime.train_threads' * (threads > 1)}, or add nodes."
         )
 
 

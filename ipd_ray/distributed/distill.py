@@ -17,7 +17,7 @@ from ray.exceptions import RayError
 from torch import Tensor
 
 from ipd_ray.artifacts import RESULT, Workspace, load_checkpoint
-from ipd_ray.distill.fit import Reducer, fit_policy
+from ipd_ray.distill.fit import Corpus, Reducer
 from ipd_ray.distributed.cluster import NODE_ID, cpus
 from ipd_ray.engine import TaskError
 from ipd_ray.steps import DistillJob
@@ -27,8 +27,8 @@ from ipd_ray.training import set_threads
 FAILURES = 3
 """Deaths of a worker that a training survives; a machine that was taken back (spot) does not count."""
 STOP_SECONDS = 20.0
-FOLDER = "ray"
-"""Where in the workspace Ray Train keeps its state."""
+FOLDER, CORPUS = "ray", "corpus.safetensors"
+"""Where in the workspace Ray Train keeps its state, and the corpus lies there that its workers read."""
 
 
 class TorchReducer:
@@ -52,6 +52,7 @@ class TrainWorkspace(Workspace):
     def __init__(self, place: str, checkpoint_seconds: float, reducer: Reducer, device: str):
         super().__init__(place, checkpoint_seconds)
         self._reducer, self._device = reducer, device
+        self._warned = False  # of a node that goes away, and saved for it
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         restored = None
@@ -64,8 +65,10 @@ class TrainWorkspace(Workspace):
         return restored
 
     def due(self) -> bool:
-        """The first worker's clock decides for all: every worker reports, or none."""
-        vote = float(self._reducer.rank == 0 and super().due())
+        """The first worker's clock decides for all: every worker reports, or none. A warning (spot) does not wait."""
+        warned = ray.train.get_preemption_info() is not None  # the same for all
+        vote = float(self._reducer.rank == 0 and super().due()) + float(warned and not self._warned)
+        self._warned = warned
         return bool(self._reducer.sum(torch.tensor(vote, device=self._device)) > 0)
 
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
@@ -85,31 +88,48 @@ class TrainWorkspace(Workspace):
             super().log(step, total, metrics)
 
 
+def prepare(job: DistillJob) -> None:
+    """Leave the corpus in the workspace, where a driver that died before did not."""
+    folder = Folder.of(job.work) / FOLDER
+    if not folder.exists(CORPUS):
+        job.place.workspace(job.work)
+        folder.path.mkdir(exist_ok=True)
+        job.prepare().write(folder.path / CORPUS)
+        folder.push([CORPUS])
+
+
 def train_worker(job: DistillJob) -> None:
-    """What every worker does: `run_distill`, with sums over all workers and Ray Train's checkpoints."""
+    """What every worker does: its slices of the corpus, sums over all workers, and Ray Train's checkpoints."""
     if job.place.device.startswith("cuda"):
         job = replace(job, place=replace(job.place, device=str(ray.train.torch.get_device())))
     reducer, place = TorchReducer(), job.place
     set_threads(place.threads)
     workspace = TrainWorkspace(job.work, place.checkpoint_seconds, reducer, place.device)
-    trainer, imagined = job.trainer(reducer)
-    for _ in fit_policy(trainer, job.distill, workspace):
-        pass
-    if reducer.rank == 0:
-        job.finish(workspace, trainer, imagined)
+    folder = Folder.of(job.work) / FOLDER
+    if folder.remote:
+        with folder.locked():
+            if not (folder.path / CORPUS).exists():
+                folder.pull([CORPUS])
+    job.train(Corpus.open(folder.path / CORPUS), workspace, reducer)
 
 
-def fit(job: DistillJob, workers: int, failures: int, labels: Mapping[str, str]) -> None:
-    """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint."""
+def fit(job: DistillJob, workers: tuple[int, int], failures: int, labels: Mapping[str, str]) -> None:
+    """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint.
+
+    Ray ends all workers to change their number, without a warning: what they did since the last checkpoint is done
+    again. So it looks for room only every second checkpoint.
+    """
     cuda, work = job.place.device.startswith("cuda"), Folder.of(job.work)
     filesystem, path = (work / FOLDER).arrow
-    resources = {"CPU": cpus(job.place.threads), "GPU": float(cuda)}
+    scaling: dict[str, Any] = {  # V2's fields, which type checkers do not see
+        "num_workers": workers[1] if workers[0] == workers[1] else workers,
+        "elastic_resize_monitor_interval_s": 2.0 * job.place.checkpoint_seconds,
+        "label_selector": dict(labels) or None,
+    }
     trainer = ray.train.torch.TorchTrainer(
         partial(train_worker, job),
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if cuda else "gloo"),
-        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg] # read as Train V1's, which has no labels
-            num_workers=workers, use_gpu=cuda, resources_per_worker=resources, label_selector=dict(labels) or None
-        ),
+        scaling_config=ray.train.ScalingConfig(use_gpu=cuda, resources_per_worker=_resources(job), **scaling),
         run_config=ray.train.RunConfig(
             name=f"distill-{work.name}",
             storage_path=path,
@@ -121,29 +141,43 @@ def fit(job: DistillJob, workers: int, failures: int, labels: Mapping[str, str])
     trainer.fit()
 
 
+def _resources(job: DistillJob) -> dict[str, float]:
+    """What one worker takes."""
+    return {"CPU": cpus(job.place.threads), "GPU": float(job.place.device.startswith("cuda"))}
+
+
 def distill(
-    job: DistillJob, workers: int, tick: Callable[[], None], failures: int = FAILURES,
+    job: DistillJob, workers: tuple[int, int], tick: Callable[[], None], failures: int = FAILURES,
     labels: Mapping[str, str] | None = None,
 ) -> None:
-    """Carry step 5 out with `workers` workers on nodes with `labels`; `tick` is called twice a second. Raises TaskError
-    where it fails.
+    """Carry step 5 out with (fewest, most) workers on nodes with `labels`; `tick` is called twice a second.
 
-    `fit` has a process of its own: this one stays free to tick and to be interrupted.
+    `fit` has a process of its own: this one stays free to tick and to be interrupted. Raises TaskError where it fails.
     """
-    work = Folder.of(job.work)
+    work, labels = Folder.of(job.work), dict(labels or {})
     if not work.exists(RESULT):  # else a driver died between finishing and committing
+        resources = _resources(job)
+        once = ray.remote(
+            num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=failures, max_calls=1,
+            label_selector=labels, scheduling_strategy="DEFAULT",  # not inside what a Tune trial around it holds
+        )(prepare)
+        _finish(once.remote(job), tick)
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        running = start.remote(job, workers, failures, labels or {})
-        try:
-            while not ray.wait([running], timeout=0.5)[0]:
-                tick()
-            ray.get(running)
-        except RayError as error:
-            raise TaskError(f"distill failed:\n{error}") from error
-        except BaseException:
-            ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
-            ray.wait([running], timeout=STOP_SECONDS)
-            ray.cancel(running, force=True)
-            raise
+        _finish(start.remote(job, workers, failures, labels), tick)
     (work / FOLDER).remove()  # Ray's state holds pickles: not for an artifact
+
+
+def _finish(running: ray.ObjectRef, tick: Callable[[], None]) -> None:
+    """Wait for a task, ticking; end it where this process is to stop. Raises TaskError where it failed."""
+    try:
+        while not ray.wait([running], timeout=0.5)[0]:
+            tick()
+        ray.get(running)
+    except RayError as error:
+        raise TaskError(f"distill failed:\n{error}") from error
+    except BaseException:
+        ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
+        ray.wait([running], timeout=STOP_SECONDS)
+        ray.cancel(running, force=True)
+        raise

@@ -54,11 +54,13 @@ class RayEngine:
 
     def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
         _require_absolute("distill", job.work)
+        most, gpus = self._runtime.workers, float(self._cuda)
+        fewest = self._runtime.min_workers or most
         if not self._runtime.train_threads:  # all cores over the workers: the cluster's cores, not the driver's
             offered = self._look().where(self._worker_labels)
-            threads = offered.threads(self._runtime.workers, 1.0 if self._cuda else 0.0)
+            threads = offered.threads(min(most, max(fewest, offered.slots(1, gpus))), gpus)
             job = replace(job, place=replace(job.place, threads=threads))
-        distill(job, self._runtime.workers, tick, labels=self._worker_labels)
+        distill(job, (fewest, most), tick, labels=self._worker_labels)
 
     def require_storage(self, places: Sequence[str]) -> None:
         """Nodes that an autoscaler brings later are not asked."""

@@ -12,7 +12,7 @@ from method_fixtures import Episode, log_of, segments_of
 from torch import Tensor
 
 from ipd_ray.config import DistillConfig, PolicyConfig
-from ipd_ray.distill.fit import DistillTrainer, Material, advantage_weight, uniform_action_spread
+from ipd_ray.distill.fit import Corpus, DistillTrainer, Material, advantage_weight, uniform_action_spread
 from ipd_ray.distill.losses import loss_sums
 from ipd_ray.distill.windows import Prompts
 
@@ -97,7 +97,9 @@ def towards(goal: float, slope: float = 1.0) -> Any:
     return q
 
 
-def trainer(q: Any = None, *, reducer: Any = None, weight: Any = None, **config: Any) -> DistillTrainer:
+def trainer(
+    q: Any = None, *, reducer: Any = None, weight: Any = None, dropout: float = 0.0, **config: Any
+) -> DistillTrainer:
     """A log of random states whose action is half the state, and two plans."""
     rng = np.random.default_rng(0)
     episodes: list[Episode] = []
@@ -109,16 +111,16 @@ def trainer(q: Any = None, *, reducer: Any = None, weight: Any = None, **config:
     material = Material(
         log, segments, np.array([True, True]), np.array([3, 2]),
         Prompts(rng.normal(size=80).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)),
-        np.ones(80, np.float32) if weight is None else weight, np.ones((2, 3), np.float32), q, 0.5,
+        np.ones(80, np.float32) if weight is None else weight, np.ones((2, 3), np.float32), 0.5,
     )
     plain = {
         "updates": 300, "batch_size": 30, "warmup": 10, "learning_rate": 3e-3, "ema": 0.9, "eta": 0.0,
         "imagined_ratio": 0.0, "prompt": "none",
     }
-    policy = PolicyConfig(context=3, layers=1, heads=2, width=16, dropout=0.0)
-    return DistillTrainer(
-        material, policy, DistillConfig.model_validate({**plain, **config}), seed=0, device="cpu", reducer=reducer
-    )
+    policy = PolicyConfig(context=3, layers=1, heads=2, width=16, dropout=dropout)
+    distill = DistillConfig.model_validate({**plain, **config})
+    corpus = Corpus.of(material, policy, distill)
+    return DistillTrainer(corpus, q, policy, distill, seed=0, device="cpu", reducer=reducer)
 
 
 def learn(t: DistillTrainer, updates: int = 300) -> list[dict[str, float]]:
@@ -170,7 +172,7 @@ def test_plans_are_imitated_where_they_are_mixed_in():
     # The plans act with 0.9 in every state; half of the positions are theirs at a reuse cap that allows it.
     t = trainer(imagined_ratio=0.5, reuse_cap=1000.0)
     learn(t)
-    assert t.windows.imagined_ratio == 0.5
+    assert t.windows.mixture.imagined_ratio == 0.5
     s, plan = t.windows.gather(t.windows.imagined_ends), t.model.eval()
     with torch.no_grad():
         pi = plan(s.prompt, s.observation, s.action, s.timestep, s.valid)
@@ -226,11 +228,11 @@ class _Worker:
         return self._pair.sum(self.rank, tensor)
 
 
-@pytest.mark.parametrize("scale", ["std", "mean_abs"])
-def test_two_workers_learn_what_one_learns(scale: str):
-    # Dropout is off: only the order of sums differs. The batch of 31 is shared unevenly.
+@pytest.mark.parametrize(("scale", "batch_size"), [("std", 31), ("mean_abs", 31), ("std", 1)])
+def test_two_workers_learn_what_one_learns(scale: str, batch_size: int):
+    # Only the order of sums differs. The batch of 31 is shared unevenly, of the batch of one a worker has nothing.
     config = {
-        "eta": 1.0, "imagined_ratio": 0.5, "prompt": "value", "batch_size": 31, "critic_scale": scale,
+        "eta": 1.0, "imagined_ratio": 0.5, "prompt": "value", "batch_size": batch_size, "critic_scale": scale,
         "weight": np.linspace(0.1, 1.9, 80, dtype=np.float32),
     }
     alone = trainer(towards(0.8), **config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ipd_ray.config import PolicyConfig
-from ipd_ray.distill.policy import TransformerPolicy
+from ipd_ray.distill.policy import TransformerPolicy, _dropped
 
 B, K, O, A = 3, 5, 4, 2  # noqa: E741
 
@@ -131,5 +131,28 @@ def test_observations_are_taken_in_units_of_the_log():
 def test_dropout_is_off_when_acting():
     model, parts = network(), window()
     assert torch.equal(actions(model, parts), actions(model, parts))
-    model.train()
-    assert not torch.equal(actions(model, parts), actions(model, parts))
+    noise = torch.tensor([1, -7, 12345], dtype=torch.int32)
+    assert not torch.equal(actions(model, parts, noise=noise), actions(model, parts, noise=noise))
+
+
+def test_dropout_keeps_its_share_and_the_mean_and_windows_apart():
+    torch.manual_seed(0)
+    noise = torch.randint(-(2**30), 2**30, (50,), dtype=torch.int32) * 2 + 1
+    out = _dropped(torch.ones(50, 20, 64), 0.3, noise)
+    kept = out > 0
+    assert out.unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    # 64,000 values, 1280 a window: within five standard errors. Two windows both keep 0.49 of them.
+    assert float(kept.float().mean()) == pytest.approx(0.7, abs=5 * (0.21 / 64_000) ** 0.5)
+    assert (kept.float().mean((1, 2)) - 0.7).abs().max() < 5 * (0.21 / 1280) ** 0.5
+    both = kept.flatten(1).float() @ kept.flatten(1).float().T / 1280
+    assert (both[~torch.eye(50, dtype=torch.bool)] - 0.49).abs().max() < 6 * (0.25 / 1280) ** 0.5
+    assert _dropped(out, 0.3, None) is out
+
+
+def test_a_window_is_dropped_out_alike_in_any_batch():
+    model, parts, noise = network(), window(), torch.tensor([3, 99, -5], dtype=torch.int32)
+    torch.manual_seed(1)
+    whole = actions(model, parts, noise=noise)
+    torch.manual_seed(1)
+    part = actions(model, {name: values[1:] for name, values in parts.items()}, noise=noise[1:])
+    assert torch.allclose(whole[1:], part, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import pytest
 import torch
 from method_fixtures import counting_log, segments_of
 
-from ipd_ray.config import DistillConfig
+from ipd_ray.config import DistillConfig, PolicyConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Log
-from ipd_ray.distill.fit import imagined_advantage, imagined_outcome
-from ipd_ray.distill.windows import Prompts, Windows
+from ipd_ray.distill.fit import Corpus, Material, imagined_advantage, imagined_outcome
+from ipd_ray.distill.windows import Batch, Prompts, Windows, flatten
 from ipd_ray.steps import _raw_outcome, raw_return_to_go
 
 LOG = counting_log([6, 4])  # steps 0-5 and 6-9
@@ -31,17 +32,21 @@ def imagined(index: list[int], length: int, log: Log = LOG) -> Segments:
 
 def windows(
     segments: Segments, lengths: list[int], *, accepted: list[bool] | None = None, context: int = 4, log: Log = LOG,
-    weight: Any = None, plan_weight: Any = None, seed: int = 0, **config: Any,
+    weight: Any = None, plan_weight: Any = None, seed: int = 0, rank: int = 0, world: int = 1, **config: Any,
 ) -> Windows:
     T = len(log.transitions)
     prompts = Prompts(
         np.arange(T, dtype=np.float32) + 0.5, np.full((len(segments), segments.length), 77.0, np.float32)
     )
-    return Windows(
+    distill = DistillConfig.model_validate(config)
+    columns, mixture = flatten(
         log, segments, np.array([True] * len(lengths) if accepted is None else accepted), np.array(lengths), prompts,
         np.ones(T, np.float32) if weight is None else weight,
-        np.ones_like(segments.reward) if plan_weight is None else plan_weight,
-        DistillConfig.model_validate(config), context=context, seed=seed, device="cpu",
+        np.ones_like(segments.reward) if plan_weight is None else plan_weight, distill, context,
+    )
+    return Windows(
+        columns, mixture, batch_size=distill.batch_size, context=context, seed=seed, device="cpu", rank=rank,
+        world=world,
     )
 
 
@@ -57,10 +62,11 @@ def test_padding_stands_only_before_an_episode_begins():
 
 
 def test_a_plan_is_spliced_onto_its_real_past():
-    # Start at step 4 of the log, context 4: steps 1, 2, 3, then the plan's three.
-    w = windows(imagined([4], 3), [3])
-    (end,) = w.imagined_ends.tolist()
-    batch = w.gather(torch.tensor([end - 2, end]))
+    # Start at step 4 of the log, context 4: steps 1, 2, 3, then the plan's five, the first of which ends a window.
+    w = windows(imagined([4], 5), [5])
+    first, last = w.imagined_ends.tolist()
+    assert last == first + 4
+    batch = w.gather(torch.tensor([first, first + 2]))
     assert batch.observation[..., 0].tolist() == [[1, 2, 3, 1000], [3, 1000, 1001, 1002]]
     assert batch.action[0, :, 0].tolist() == pytest.approx([0.01, 0.02, 0.03, 0.0])
     assert batch.action[1, :, 0].tolist() == pytest.approx([0.03, 0.0, -0.01, -0.02])
@@ -85,7 +91,7 @@ def test_only_the_steps_that_were_kept_of_accepted_plans_are_imitated():
     batch = w.gather(w.imagined_ends)
     seen = batch.observation[..., 0][batch.weight > 0].tolist()
     assert sorted(seen) == [2000, 2001, 3000, 3001, 3002]
-    assert w.imagined_steps == 5
+    assert w.mixture.imagined_steps == 5
 
 
 @pytest.mark.parametrize("context", [1, 2, 3, 5, 20])
@@ -95,10 +101,6 @@ def test_each_imagined_step_is_imitated_in_exactly_one_window(context: int):
     batch = w.gather(w.imagined_ends)
     counted = Counter(batch.observation[..., 0][batch.weight > 0].tolist())
     assert counted == {1000.0 * (i + 1) + k: 1 for i, n in enumerate(lengths) for k in range(n)}
-
-
-def test_every_step_of_the_log_ends_one_window():
-    assert windows(imagined([2], 3), [3]).real_ends.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
@@ -122,7 +124,7 @@ def test_no_imagined_step_is_drawn_far_more_often_than_a_real_one():
     w = windows(
         imagined([10], 4, log), [4], context=8, log=log, imagined_ratio=0.9, reuse_cap=3.0, batch_size=2048
     )
-    assert w.imagined_ratio == pytest.approx(12 / 152)
+    assert w.mixture.imagined_ratio == pytest.approx(12 / 152)
     batch = w.draw(0)
     is_plan = batch.observation[..., 0] >= 1000
     each_plan = float(batch.weight[is_plan].sum()) / 4
@@ -132,7 +134,8 @@ def test_no_imagined_step_is_drawn_far_more_often_than_a_real_one():
 
 def test_without_accepted_plans_only_the_log_is_drawn():
     w = windows(imagined([2], 3), [3], accepted=[False], imagined_ratio=0.5)
-    assert (w.imagined_ratio, w.imagined_steps, w.imagined_per_batch) == (0.0, 0, 0.0)
+    m = w.mixture
+    assert (m.imagined_ratio, m.imagined_steps, m.imagined_per_batch) == (0.0, 0, 0.0)
     assert float(w.draw(0).observation.max()) < 10
 
 
@@ -142,13 +145,13 @@ def test_weights_are_those_given():
     w = windows(imagined([2], 3), [2], weight=weight, plan_weight=plan_weight)
     assert w.gather(torch.tensor([3, 8])).weight.tolist() == [weight[0:4].tolist(), [0.0, *weight[6:9].tolist()]]
     assert w.gather(w.imagined_ends).weight.tolist() == [[0.0, 0.0, 0.5, 2.0]]
-    assert w.imagined_steps == 2
+    assert w.mixture.imagined_steps == 2
 
 
 def test_few_plans_are_drawn_as_often_as_the_log_though_a_batch_holds_less_than_one():
     log = counting_log([30, 50, 20, 40])
     w = windows(imagined([10], 4, log), [4], context=4, log=log, imagined_ratio=0.5, reuse_cap=1.0, batch_size=16)
-    assert 0.0 < w.imagined_per_batch < 0.5
+    assert 0.0 < w.mixture.imagined_per_batch < 0.5
     batches = [w.draw(step) for step in range(4000)]
     each_plan = sum(float((b.weight * (b.observation[..., 0] >= 1000)).sum()) for b in batches) / 4
     each_real = sum(float((b.weight * (b.observation[..., 0] < 1000)).sum()) for b in batches) / 140
@@ -156,17 +159,110 @@ def test_few_plans_are_drawn_as_often_as_the_log_though_a_batch_holds_less_than_
     assert {len(b.weight) for b in batches} == {16}
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_workers_share_the_global_batch_exactly(world: int):
-    w = windows(imagined([2, 7], 3), [3, 2], batch_size=17)
-    whole = w.draw(3)
-    parts = [w.draw(3, rank, world) for rank in range(world)]
-    assert sum(len(p.weight) for p in parts) == 17
-    for name in ("observation", "action", "prompt", "timestep", "valid", "weight"):
-        together = torch.empty_like(getattr(whole, name))
-        for rank, part in enumerate(parts):
-            together[rank::world] = getattr(part, name)
-        assert torch.equal(together, getattr(whole, name))
+# --- slices -----------------------------------------------------------------------------------------------------------
+
+LONG = counting_log([70, 30, 100, 7])
+MANY = imagined(list(range(0, 200, 5)), 6, LONG)
+MANY_LENGTHS = [1 + i % 6 for i in range(40)]
+
+
+def drawn(batch: Batch) -> Counter[Any]:
+    """Everything that a batch holds, window by window."""
+    columns = (batch.observation, batch.action, batch.prompt, batch.timestep, batch.valid, batch.weight, batch.noise)
+    return Counter(tuple(tuple(c[i].flatten().tolist()) for c in columns) for i in range(len(batch.weight)))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 16, 64, 100, 200])
+@pytest.mark.parametrize("data", ["long", "short"])
+def test_the_global_batch_is_the_same_whatever_the_number_of_workers(world: int, batch_size: int, data: str):
+    # short: 10 steps and 2 windows over plans, fewer than slices.
+    plans: Any = (MANY, MANY_LENGTHS) if data == "long" else (imagined([2, 7], 3), [3, 2])
+    config = {"log": LONG if data == "long" else LOG, "batch_size": batch_size, "reuse_cap": 1000.0}
+    whole, workers = windows(*plans, **config), [windows(*plans, **config, rank=r, world=world) for r in range(world)]
+    for step in range(8):
+        parts = [w.draw(step) for w in workers]
+        sizes = [len(p.weight) for p in parts]
+        assert sum(sizes) == batch_size
+        # Real windows and those over plans, each to within one of the share; 64 slices do not divide by three.
+        assert max(sizes) - min(sizes) <= 2 + 2 + batch_size / 64 * (world == 3)
+        assert sum((drawn(p) for p in parts), Counter()) == drawn(whole.draw(step))
+
+
+@pytest.mark.parametrize("log", [LOG, LONG, counting_log([1, 2])], ids=["10 steps", "207 steps", "3 steps"])
+@pytest.mark.parametrize("batch_size", [16, 100])
+def test_every_step_is_drawn_as_often_as_any_other(log: Log, batch_size: int):
+    # 10 and 207 steps fall unevenly into 64 slices: to draw alike from each slice would be off by half.
+    T = len(log.transitions)
+    w = windows(imagined([1], 2, log), [2], log=log, batch_size=batch_size, imagined_ratio=0.0)
+    updates = 300 * T // batch_size
+    count = np.zeros(T)
+    for step in range(updates):
+        np.add.at(count, w.draw(step).observation[:, -1, 0].long().numpy(), 1)
+    expected = updates * batch_size / T
+    # Stratified, so the spread is at most that of independent draws; chi-square of T - 1 degrees, five deviations.
+    assert ((count - expected) ** 2 / expected).sum() < T - 1 + 5 * np.sqrt(2 * T)
+    assert count.sum() == updates * batch_size
+
+
+def test_every_window_over_plans_is_drawn_as_often_as_any_other():
+    w = windows(MANY, MANY_LENGTHS, log=LONG, batch_size=100, imagined_ratio=0.5, reuse_cap=1000.0)
+    ends = w.gather(w.imagined_ends).observation[:, -1, 0].tolist()
+    counted: Counter[float] = Counter()
+    for step in range(400):
+        counted.update(x for x in w.draw(step).observation[:, -1, 0].tolist() if x >= 1000)
+    assert counted.keys() == set(ends)
+    found, expected = np.array(list(counted.values())), counted.total() / len(ends)
+    assert ((found - expected) ** 2 / expected).sum() < len(ends) - 1 + 5 * np.sqrt(2 * len(ends))
+
+
+def test_each_slice_has_its_share_of_every_batch():
+    # 128 real windows: two of each slice, so that of 6400 steps each hundred ends two.
+    log = counting_log([64, 6336])
+    w = windows(imagined([1], 2, log), [2], log=log, batch_size=128, imagined_ratio=0.0)
+    for step in range(5):
+        slices = w.draw(step).observation[:, -1, 0].long() // 100
+        assert slices.bincount(minlength=64).tolist() == [2] * 64
+
+
+def test_what_a_worker_holds_falls_with_their_number():
+    log = counting_log([500] * 20)
+    plans = imagined(list(range(0, 9900, 20)), 6, log)
+    sizes = [
+        [windows(plans, [6] * 495, log=log, rank=rank, world=world).bytes for rank in range(world)]
+        for world in (1, 2, 4, 64)
+    ]
+    whole = sizes[0][0]
+    for held in sizes[1:]:  # a share, and at most the K - 1 = 3 steps before it and a border on either side, twice
+        assert max(held) < whole / len(held) + 2 * (3 + 10) * whole / 10_000
+
+
+def test_a_slice_of_a_file_is_that_of_memory(tmp_path: Path):
+    prompts = Prompts(np.arange(207, dtype=np.float32), np.zeros((40, 6), np.float32))
+    config = DistillConfig(batch_size=64, imagined_ratio=0.5)
+    material = Material(
+        LONG, MANY, np.ones(40, bool), np.array(MANY_LENGTHS), prompts, np.ones(207, np.float32),
+        np.ones((40, 6), np.float32), 0.7,
+    )
+    corpus = Corpus.of(material, PolicyConfig(context=4), config, {"target_return": None, "imagined": {"kappa": 0.1}})
+    corpus.write(tmp_path / "corpus.safetensors")
+    again = Corpus.open(tmp_path / "corpus.safetensors")
+    shared: Any = {"batch_size": 64, "context": 4, "seed": 0, "device": "cpu", "rank": 1, "world": 3}
+    for step in range(3):
+        one, other = (Windows(c.columns, c.mixture, **shared).draw(step) for c in (corpus, again))
+        assert drawn(one) == drawn(other)
+    assert (again.mixture, again.moments, again.critic_scale, again.notes) == (
+        corpus.mixture, corpus.moments, 0.7, corpus.notes
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 64])
+def test_steps_spread_over_the_log_are_shared_out(world: int):
+    every: list[float] = []
+    for rank in range(world):
+        w = windows(MANY, MANY_LENGTHS, log=LONG, rank=rank, world=world)
+        every += w.gather(w.spread(50)).observation[:, -1, 0].tolist()
+    assert every == list(range(0, 207, 4))
 
 
 def test_a_batch_depends_on_seed_and_step_alone():

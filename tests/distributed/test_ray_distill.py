@@ -18,7 +18,7 @@ from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RuntimeConfig
 from ipd_ray.engine import TaskError
 from ipd_ray.steps import DistillJob, run_distill
-from ipd_ray.testing import MortalJob, SlowJob
+from ipd_ray.testing import ElasticJob, MortalJob, SlowJob
 
 pytestmark = pytest.mark.ray
 STEPS = list(range(3, 61, 3))
@@ -27,7 +27,7 @@ STEPS = list(range(3, 61, 3))
 def on_ray(job: DistillJob, workers: int = 1, **more: int) -> None:
     from ipd_ray.distributed.distill import distill
 
-    distill(job, workers, lambda: None, **more)
+    distill(job, (workers, workers), lambda: None, **more)
 
 
 def digest(work: Path) -> str:
@@ -51,30 +51,22 @@ def local(tiny_method, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-@pytest.fixture(scope="module")
-def local_without_dropout(tiny_method, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    work = tmp_path_factory.mktemp("no_dropout")
-    job = tiny_method.job(work, dropout=0.0)
-    run_distill(job.work, job.place, job)
-    return work
-
-
 def test_plans_are_distilled_in_these_tests(local: Path):
     assert json.loads((local / "result.json").read_text())["diagnostics"]["imagined_ratio"] > 0
 
 
-def test_two_workers_learn_as_one_and_survive_a_kill(
-    ray_cluster, tiny_method, local_without_dropout: Path, tmp_path: Path
-):
-    """The second of two workers is killed at update 32; updates agree with one worker's to rounding."""
+def test_two_workers_learn_as_one_and_survive_a_kill(ray_cluster, tiny_method, local: Path, tmp_path: Path):
+    """The second of two workers is killed at update 32; updates agree with one to rounding, dropout and all."""
     work = tmp_path / "work"
-    job = tiny_method.job(
-        work, MortalJob, every=1e-6, dropout=0.0, marker=str(tmp_path / "died"), rank=1, step=32
-    )
+    job = tiny_method.job(work, MortalJob, every=1e-6, marker=str(tmp_path / "died"), rank=1, step=32)
     on_ray(job, workers=2)
     assert (tmp_path / "died").exists()
     assert steps(work) == STEPS
-    np.testing.assert_allclose(losses(work)[:17], losses(local_without_dropout)[:17], rtol=1e-4)  # 50 updates
+    np.testing.assert_allclose(losses(work)[:17], losses(local)[:17], rtol=1e-4)  # 50 updates
+    np.testing.assert_allclose(losses(work)[-1], losses(local)[-1], rtol=0.02)
+    one, other = (json.loads((path / "artifact.json").read_text())["diagnostics"] for path in (work, local))
+    assert one.pop("imagined") == other.pop("imagined")
+    assert one == pytest.approx(other, rel=0.02)  # of these two are sums over both workers' parts of the log
 
 
 def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are_killed(
@@ -89,7 +81,7 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
         "import pickle, ray\n"
         f"ray.init(address={ray_cluster!r}, log_to_driver=False)\n"
         "from ipd_ray.distributed.distill import distill\n"
-        "distill(pickle.load(open('job', 'rb')), 1, lambda: None)\n"
+        "distill(pickle.load(open('job', 'rb')), (1, 1), lambda: None)\n"
     )
     driver = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
     try:
@@ -110,6 +102,40 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
     kept = [row["step"] for row in read_jsonl(work / "metrics.jsonl") if seen.get(row["step"]) == row["time"]]
     assert len(kept) >= 3  # it went on, rather than start again
     assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
+
+
+@pytest.mark.slow
+def test_workers_come_and_go_with_the_nodes_and_the_curve_stays_whole(tiny_method, local: Path, tmp_path: Path):
+    """One of at most two workers starts; a node comes before update 20, and is gone before update 40."""
+    job = tiny_method.job(tmp_path / "work", ElasticJob, every=1e-6, gates={20: 2, 40: 1})
+    (tmp_path / "job").write_bytes(pickle.dumps(job))
+    script = (
+        "import pickle, ray\n"
+        "from pathlib import Path\n"
+        "from ray.cluster_utils import Cluster\n"
+        "from ipd_ray.distributed.distill import distill\n"
+        "node = {'num_cpus': 1, 'object_store_memory': 80 * 2**20}\n"
+        "cluster = Cluster(initialize_head=True, head_node_args={**node, 'include_dashboard': False})\n"
+        "ray.init(address=cluster.address, log_to_driver=False, logging_level='WARNING')\n"
+        "job, nodes = pickle.load(open('job', 'rb')), []\n"
+        "def tick():\n"
+        "    curve = Path(job.work) / 'metrics.jsonl'\n"
+        "    lines = curve.read_text().count('\\n') if curve.exists() else 0\n"
+        "    if lines >= 6 and not nodes:\n"
+        "        nodes.append(cluster.add_node(**node))\n"
+        "    if lines >= 13 and nodes[0]:\n"
+        "        cluster.remove_node(nodes[0], allow_graceful=False)\n"
+        "        nodes[0] = None\n"
+        "distill(job, (1, 2), tick)\n"
+        "ray.shutdown()\n"
+        "cluster.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    work = tmp_path / "work"
+    assert steps(work) == STEPS
+    np.testing.assert_allclose(losses(work)[:17], losses(local)[:17], rtol=1e-4)
+    assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def test_interrupt_leaves_nothing_running(ray_cluster, tiny_method, tmp_path: Pa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"workers": 8, "min_workers": 3}, r"runtime\.min_workers=3 must be at most 2: each takes 1 CPU"),
         ({"workers": 3}, r"runtime\.workers=3 must be at most 2: each takes 1 CPU, the cluster has 2 CPUs.*on 1 node"),
         ({"workers": 2, "train_threads": 2}, r"runtime\.workers=2 must be at most 1: each takes 2 CPUs.*train_threads"),
         ({"threads": 3}, r"runtime\.threads=3 must be at most 2, the CPUs of the largest node"),
