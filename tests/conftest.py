@@ -139,7 +139,7 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
     specs = run_select(str(work), PLACE, tiny_log, values_path, SelectConfig(starts=40, episode_cap=0.5), imagine, 0)
     planner = PlannerConfig(candidates=8, horizon=3)
     method = Method(tiny_log, values_path, model_path, "", specs, imagine, planner)
-    for task in method.shard_tasks(work.path):
+    for task in method.shard_tasks(work):
         task.function(**task.arguments)
     finish_imagination(PLACE.workspace(str(work)), len(specs))
     return Method(tiny_log, values_path, model_path, commit("imagine"), specs, imagine, planner)

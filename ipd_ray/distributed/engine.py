@@ -91,7 +91,8 @@ class RayEngine:
         self, tasks: Sequence[Task], tick: Callable[[], None], done: Callable[[int, Any], None] | None = None
     ) -> dict[int, str]:
         for task in tasks:
-            _require_absolute(task.name, str(task.arguments.get("work", "/")))
+            if "work" in task.arguments:
+                _require_absolute(task.name, str(task.arguments["work"]))
         try:
             return drive(tasks, self._pool, tick=tick, done=done, retry_errors=done is not None)
         finally:
