@@ -58,7 +58,7 @@ def test_work_goes_where_the_labels_say_and_labels_nobody_has_are_refused(tiny_m
     assert said["found"] == [str(said["raylets"]["spot"])]
     assert said["most"] == 2  # the CPUs of the node that counts, not of both
     assert [path.name for path in (tmp_path / "found").iterdir()] == [str(said["raylets"]["on-demand"])]
-    assert (tmp_path / "work" / "artifact.json").exists()
+    assert (tmp_path / "work" / "result.json").exists()
     for field, message in zip(("actor_labels", "worker_labels"), said["refused"], strict=True):
         assert message.startswith(f"runtime.{field}=ray.io/market-type=reserved: no node has these labels, there are ")
         assert "ray.io/market-type=on-demand, ray.io/market-type=spot: start one with" in message

@@ -64,7 +64,7 @@ def test_two_workers_learn_as_one_and_survive_a_kill(ray_cluster, tiny_method, l
     assert steps(work) == STEPS
     np.testing.assert_allclose(losses(work)[:17], losses(local)[:17], rtol=1e-4)  # 50 updates
     np.testing.assert_allclose(losses(work)[-1], losses(local)[-1], rtol=0.02)
-    one, other = (json.loads((path / "artifact.json").read_text())["diagnostics"] for path in (work, local))
+    one, other = (json.loads((path / "result.json").read_text())["diagnostics"] for path in (work, local))
     assert one.pop("imagined") == other.pop("imagined")
     assert one == pytest.approx(other, rel=0.02)  # of these two are sums over both workers' parts of the log
 
