@@ -27,8 +27,8 @@ from record import RESULTS, read, write
 from ipd_ray.config import PlannerConfig, RuntimeConfig
 from ipd_ray.engine import Task
 
-PLANNER, LENGTH = PlannerConfig(candidates=256, horizon=5), 5
-TRIAL = 8
+PLANNER, LENGTH = PlannerConfig(candidates=4096, horizon=5), 5
+TRIAL = 4
 """Starts of the shard that others are sized by."""
 WAYS = ("loop", "one_actor", "two_processes", "two_actors")
 BARE = """
@@ -88,11 +88,15 @@ def sized(root: Path, shards: int, seconds: float) -> list[Task]:
 
     trial = make(TRIAL, 4)
     trial[0].function(**trial[0].arguments)
-    begun = time.perf_counter()
+    took = []
     for task in trial[1:]:
+        begun = time.perf_counter()
         task.function(**task.arguments)
-    each = (time.perf_counter() - begun) / len(trial[1:]) / TRIAL
-    return make(max(1, round(seconds / each)), shards)
+        took.append(time.perf_counter() - begun)
+    tasks = make(max(1, round(seconds * TRIAL / min(took))), shards)
+    if len(tasks) < shards:
+        raise SystemExit(f"the log has starts for {len(tasks)} shards of {seconds:g} s only: fewer --shards or --seconds")
+    return tasks
 
 
 def main() -> None:
