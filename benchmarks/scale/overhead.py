@@ -95,7 +95,7 @@ def sized(root: Path, shards: int, seconds: float) -> list[Task]:
         took.append(time.perf_counter() - begun)
     tasks = make(max(1, round(seconds * TRIAL / min(took))), shards)
     if len(tasks) < shards:
-        raise SystemExit(f"the log has starts for {len(tasks)} shards of {seconds:g} s only: fewer --shards or --seconds")
+        raise SystemExit(f"the log has starts for {len(tasks)} such shards only: lower --shards or --seconds")
     return tasks
 
 
