@@ -291,6 +291,91 @@ def _near(path: Path) -> Path:
         return path
 
 
+# ---- sweeps
+
+
+@app.command("tune")
+@answers
+def tune_command(
+    question: Annotated[
+        Path, typer.Argument(help="YAML file with the search space; tune_configs/ holds some.", metavar="QUESTION")
+    ],
+    dataset: Annotated[str, typer.Option(help="Minari id, local or remote, or `demo`.")],
+    overrides: Overrides = None, preset: Preset = None, config: ConfigFile = None,
+    sweep_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sweep; runs/<dataset>-<question> where not given. What trials share lies in "
+                     "`store` beside it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in the folder; failed trials are tried again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search settings: runs that share all the work they have in common, on Ray Tune.
+
+    The file names fields of the config and the values to try, how often, and what is maximised. At the end there are
+    a table, a report, and best.yaml, which `ipd-ray run --config` takes.
+    """
+    from ipd_ray import config as config_module
+    from ipd_ray.checks import ray_engine
+    from ipd_ray.sweep import common_settings, read_question
+
+    asked = read_question(question)
+    base = config_module.flatten(config_module.preset(preset)) if preset else {}
+    common = common_settings(asked, base, config, config_module.parse_overrides(overrides or ()))
+    ray_engine()
+    from ipd_ray.distributed.sweep import sweep
+    from ipd_ray.listeners import terminal
+
+    folder = sweep_dir or Path("runs") / f"{dataset.replace('/', '_')}-{question.stem}"
+    answer = sweep(asked, dataset, common, sweep_dir=folder, resume=resume, listener=terminal)
+    if as_json:
+        _print_json(answer)
+    _print(_sweep_table(answer), to_stderr=as_json)
+
+
+def _sweep_table(answer: Mapping[str, Any]) -> str:
+    """Points from best to worst, what was reused, and what to do with the best."""
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    def score(row: Mapping[str, Any] | None) -> str:
+        if row is None or row["mean"] is None:
+            return "-"
+        return number(row["mean"]) + (f" ± {number(row['half'])}" if row["half"] is not None else "")
+
+    names = list(answer["points"][0]["settings"]) if answer["points"] else []
+    by_number = {row["point"]: row for row in answer["points"]}
+    order = [*answer["ranking"], *(n for n in by_number if n not in answer["ranking"])]
+    rows = [
+        [str(n), *(str(row["settings"][name]) for name in names), score(row), score(row["fresh"]),
+         "-" if row["accepted"] is None else f"{100 * row['accepted']:.1f} %",
+         row["state"] + (f" at {row['stopped_at']}" if row["stopped_at"] else "")]
+        for n in order for row in [by_number[n]]
+    ]
+    over = answer["points"][0]["over"] if answer["points"] else "seeds"
+    lines = [
+        _table(["point", *names, answer["objective"], "on fresh seeds", "accepted", "state"], rows),
+        f"\n{answer['objective']}: mean and 95 % interval over {over}; best first, by the lower bound on fresh "
+        "environment seeds, then by the lower bound",
+    ]
+    for name, value in answer["agreement"].items():
+        lines.append(f"{name} ranks the points like {answer['objective']} with a rank correlation of {value:.2f}")
+    lines += ["", _table(
+        ["step", "needed by trials", "made", "reused", "time", "saved"],
+        [[r["step"], str(r["needed"]), str(r["made"]), str(r["reused"]), _seconds(r["seconds"]), _seconds(r["saved"])]
+         for r in answer["reuse"]],
+    )]
+    folder = _near(Path(answer["sweep_dir"]))
+    saved = sum(r["saved"] for r in answer["reuse"])
+    lines += ["", f"{_seconds(answer['seconds'])} now; apart, the trials would have taken {_seconds(saved)} more"]
+    if answer["best"]:
+        lines.append(f"best        ipd-ray run {answer['dataset']} --config {folder / 'best.yaml'}")
+    lines.append(f"report      {folder / 'report.html'}")
+    return "\n".join(lines)
+
+
 # ---- config
 
 

@@ -20,6 +20,7 @@ from ipd_ray.config import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
+    FittedQConfig,
     ImagineConfig,
     PlannerConfig,
     PolicyConfig,
@@ -44,6 +45,7 @@ from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
+from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
@@ -314,26 +316,27 @@ class DistillJob:
 
     def finish(self, workspace: Workspace, trainer: DistillTrainer, imagined: dict[str, Any]) -> None:
         """Leave the policy artifact: everything that acting needs."""
+        tensors, described = self.acting(prefixed("policy", trainer.policy_state()))
+        workspace.finish(
+            tensors, {**trainer.diagnose(), "imagined": imagined}, **described, updates=self.distill.updates
+        )
+
+    def acting(self, policy: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and description with which a policy of this distillation acts; policy: its own tensors, prefixed."""
         log, t = self.log.load(), self.log.load().transitions
         values = Artifact(Path(self.values))
         target = self.distill.target_return
         if self.distill.prompt == "fixed" and target is None:
             target = float(t.episode_return.max())
-        tensors = {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())}
-        described = {k: values.described[k] for k in ("values", "observation_dim", "action_dim")}
-        spec = {**t.spec.__dict__}
-        workspace.finish(
-            tensors,
-            {**trainer.diagnose(), "imagined": imagined},
-            spec=spec,
-            reward_scale=log.reward_scale,
-            prompt=self.distill.prompt,
-            discount=log.discount,
-            policy=self.policy.model_dump(mode="json"),
-            values=described,
-            target_return=target,
-            updates=self.distill.updates,
-        )
+        return {**policy, **prefixed("values", values.tensors())}, {
+            "spec": {**t.spec.__dict__},
+            "reward_scale": log.reward_scale,
+            "prompt": self.distill.prompt,
+            "discount": log.discount,
+            "policy": self.policy.model_dump(mode="json"),
+            "values": {k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
+            "target_return": target,
+        }
 
 
 def run_distill(work: str, place: Place, job: DistillJob) -> None:
@@ -390,6 +393,19 @@ def run_choose(
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},
         **{name: artifact.described[name] for name in kept}, updates=step, variant=variant,
+    )
+
+
+def run_fitted_q(
+    work: str, place: Place, log: LogRef, values: str, policy: str, config: FittedQConfig, seed: int
+) -> None:
+    """Step 7 without an environment: the value of the policy on held-out episodes."""
+    artifact = Artifact(Path(policy))
+    acting = Policy(artifact.described, artifact.tensors(), place.device)
+    described = values_of(values, place.device), ValuesConfig.model_validate(Artifact(Path(values)).described["values"])
+    fit_q(
+        log.load(), acting, *described, updates=config.updates, seed=seed, device=place.device,
+        workspace=place.workspace(work),
     )
 
 

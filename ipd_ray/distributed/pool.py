@@ -46,7 +46,10 @@ class ActorPool:
     def __init__(self, limit: Callable[[], int], *, threads: int, gpus: float):
         """limit: how many actors there may be, asked again and again. threads, gpus: what each one takes."""
         self._limit = limit
-        self._make: Any = ray.remote(num_cpus=cpus(threads), num_gpus=gpus, max_restarts=0)(Worker)
+        # DEFAULT: in a Tune trial, its placement group would take actors in, and has no room for them.
+        self._make: Any = ray.remote(
+            num_cpus=cpus(threads), num_gpus=gpus, max_restarts=0, scheduling_strategy="DEFAULT"
+        )(Worker)
         self._actors: list[_Actor] = []
         self._waiting = 0
         self._platform: dict[str, str] | None = None
