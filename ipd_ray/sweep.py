@@ -151,7 +151,7 @@ def _check_swept(name: str, values: Any) -> None:
         raise UserError(f"space: {name} changes nothing that is computed: set it on the command line.")
     if not isinstance(values, Mapping | list) or not values:
         raise UserError(f"space.{name}={values!r} must be a list of values, or {{low: ..., high: ..., log: true}}.")
-    if isinstance(values, Mapping) and _kind(name) is None:
+    if isinstance(values, Mapping) and kind_of(name) is None:
         raise UserError(f"space.{name} is no number: give a list of values, not a range.")
 
 
@@ -161,7 +161,7 @@ def _plain(error: Any) -> str:
     return f"{'.'.join(str(x) for x in error['loc'])}={error.get('input')!r} is not valid: {error['msg'].lower()}."
 
 
-def _kind(name: str) -> type | None:
+def kind_of(name: str) -> type | None:
     """int or float, for a field that is a number."""
     model: Any = RunConfig
     *sections, leaf = name.split(".")
@@ -217,7 +217,7 @@ class Tpe:
         of = self._optuna.distributions
         if not isinstance(values, Range):
             return of.CategoricalDistribution(values)
-        if _kind(name) is int:
+        if kind_of(name) is int:
             return of.IntDistribution(math.ceil(values.low), math.floor(values.high), log=values.log)
         return of.FloatDistribution(values.low, values.high, log=values.log)
 
@@ -269,10 +269,10 @@ def _draw(name: str, values: tuple[Any, ...] | Range, rng: np.random.Generator) 
     if not isinstance(values, Range):
         return values[int(rng.integers(len(values)))]
     low, high = values.low, values.high
-    if _kind(name) is int:
+    if kind_of(name) is int:
         low, high = math.ceil(low) - 0.5, math.floor(high) + 0.5
     drawn = math.exp(rng.uniform(math.log(low), math.log(high))) if values.log else rng.uniform(low, high)
-    return round(drawn) if _kind(name) is int else float(f"{drawn:.4g}")
+    return round(drawn) if kind_of(name) is int else float(f"{drawn:.4g}")
 
 
 def points_at_most(question: Question) -> int:
@@ -299,19 +299,18 @@ def common_settings(
     return common
 
 
-def check_points(question: Question, common: Mapping[str, Any]) -> None:
-    """Raise UserError where a point is no valid config: every known one, else both ends of every range."""
-    for point in known_points(question) or _corners(question):
-        build(common, point)
-    for name, values in question.space.items():
-        for value in (values.low, values.high) if isinstance(values, Range) else ():
-            build(common, {name: _kind(name)(value)})  # type: ignore[misc]  # a range has a kind
+def check_points(question: Question, common: Mapping[str, Any]) -> list[RunConfig]:
+    """Return configs of the sweep: of every known point, and one for each value and each end of a range.
+
+    Raises UserError where one is not valid.
+    """
+    return [build(common, point) for point in (*(known_points(question) or ()), *_corners(question))]
 
 
 def _corners(question: Question) -> Iterator[Point]:
-    """A point a value of each list, the others at their first one."""
+    """A point for each value of a list and each end of a range, the other fields at their first one."""
     ends = {
-        name: tuple((_kind(name) or float)(x) for x in (v.low, v.high)) if isinstance(v, Range) else v
+        name: tuple((kind_of(name) or float)(x) for x in (v.low, v.high)) if isinstance(v, Range) else v
         for name, v in question.space.items()
     }
     first = {name: values[0] for name, values in ends.items()}

@@ -62,6 +62,11 @@ def die_unless(marker: str) -> None:
     die()
 
 
+def broken_pendulum(**kwargs: Any) -> Any:
+    """An environment that cannot be made."""
+    raise RuntimeError("the motor is gone")
+
+
 def write_pid(path: str, seconds: float) -> None:
     """Tell who works here, then take long."""
     Path(path).write_text(str(os.getpid()))

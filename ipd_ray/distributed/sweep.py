@@ -92,8 +92,8 @@ def sweep(
     folder = Sweep(sweep_dir.absolute())
     common = {**common, "runtime.store": common.get("runtime.store") or str(folder.folder.parent / "store")}
     base = build(common)
-    check_config(base)
-    check_points(question, common)
+    for config in check_points(question, common):
+        check_config(config)
     _check_folder(folder, resume)
     with api.holding(folder.folder):
         transitions = load(dataset, cache=Path(str(base.runtime.store)) / "data")
@@ -324,7 +324,8 @@ class _Work:
             "sweep_dir": str(self._folder.folder), "dataset": self._transitions.spec.dataset,
             "objective": question.objective, "seeds": question.seeds, "points": [_plain(row) for row in rows],
             "ranking": [row.point for row in order], "best": None, "agreement": rank_agreement(rows),
-            "reuse": reuse([r for r in records if not r["fresh"]]), "shared": self.shared, "failed": [r["trial"] for r in failed],
+            "reuse": reuse([r for r in records if not r["fresh"]]), "shared": self.shared,
+            "failed": [r["trial"] for r in failed],
             "seconds": round(time.monotonic() - self._began, 1),
         }
         if order:
@@ -356,7 +357,7 @@ class _Work:
         return {
             "dataset": self._transitions.spec.dataset, "config": json.dumps(flatten(plain)),
             "run_dir": str(self._folder.run_dir(record["trial"])), "objective": self._question.objective,
-            "also": list(self._question.also), "rungs": rungs,
+            "also": list(self._question.also), "rungs": rungs, "datasets": os.environ.get("MINARI_DATASETS_PATH"),
             "repeat": json.dumps(record["rungs"]) if record["state"] in _ENDED else "",
         }
 
@@ -516,6 +517,8 @@ def run_trial(spec: dict[str, Any]) -> None:
         tune.report({"step": step, "score": score})
     if spec["repeat"]:
         return
+    if spec["datasets"]:  # where the driver finds them, whatever a cluster that was there before it was started with
+        os.environ["MINARI_DATASETS_PATH"] = spec["datasets"]
     config, run = build(json.loads(spec["config"])), RunFolder(Path(spec["run_dir"]))
     heard = _Rungs(config, run) if spec["rungs"] else _Heard()
     try:

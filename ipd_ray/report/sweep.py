@@ -17,6 +17,8 @@ from ipd_ray.report.source import readable
 from ipd_ray.runs import CURVES, RunFolder, human_seconds
 from ipd_ray.sweep import Row, Sweep, rank_agreement, ranked, reuse, rows_of
 
+_AFTER = ("policy", "distill", "choose", "fitted_q", "evaluate")
+"""Sections that come after acceptance."""
 _MEASURES = {
     "return": "mean return", "imagined": "return inside the world model",
     "fitted_q": "value on held-out episodes (fitted Q)",
@@ -109,7 +111,8 @@ def _answer(answer: Answer) -> str:
     over = "seeds" if question["seeds"] > 1 else "episodes: one seed says nothing of the luck of training"
     return (
         f'<div class="cards"><div><h4>Point {best.point}</h4><table>{lines}<tr class="strong"><th scope="row">'
-        f"{answer.measure}</th><td>{_score(best)}</td></tr>{fresh}</table></div></div><p>{rule} Intervals are over {over}. <code>best.yaml</code> holds its settings: "
+        f"{answer.measure}</th><td>{_score(best)}</td></tr>{fresh}</table></div></div><p>{rule} "
+        f"Intervals are over {over}. <code>best.yaml</code> holds its settings: "
         "<code>ipd-ray run --config best.yaml</code> finds all its results in the store.</p>"
     )
 
@@ -142,7 +145,7 @@ def _settings(answer: Answer) -> str:
         alt = f"{answer.measure} against {name}"
         panels.append(panel(escape(alt), figures.intervals(scores, x=name, y="", alt=alt, log=log)))
         shares = [(row.settings[name], row.accepted, math.nan) for row in done if row.accepted is not None]
-        if shares:
+        if shares and name.partition(".")[0] not in _AFTER:
             alt = f"share of imagined segments accepted against {name}"
             panels.append(
                 panel(escape(alt), figures.intervals(shares, x=name, y="", alt=alt, percent=True, log=log))
