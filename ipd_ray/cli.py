@@ -749,10 +749,14 @@ def report(
     ] = None,
     runs_dir: RunsDir = Path("runs"),
 ) -> None:
-    """Write one HTML page on a run, or one that compares several. It needs nothing else, and no network."""
-    from ipd_ray.report import build_report
+    """Write one HTML page on a run, on a sweep's folder, or one that compares several runs. It needs no network."""
+    from ipd_ray.report import build_report, build_sweep_report
     from ipd_ray.runs import open_run
+    from ipd_ray.sweep import Sweep
 
+    if len(run) == 1 and (sweep := Sweep(Path(run[0]))).exists:
+        _print(f"report in {_near(build_sweep_report(sweep.folder, output or sweep.folder / 'report.html'))}")
+        return
     folders = [open_run(name, runs_dir).path for name in run]
     target = output or folders[0] / ("report.html" if len(folders) == 1 else "comparison.html")
     _print(f"report in {_near(build_report(folders, target))}")

@@ -90,13 +90,13 @@ def sweep(
         PartialError: trials failed; all others are done, and the summary is written.
     """
     folder = Sweep(sweep_dir.absolute())
-    common = {**common, "runtime.store": common.get("runtime.store") or str(folder.folder.parent / "store")}
+    common = _runtime(common, folder)
     base = build(common)
     for config in check_points(question, common):
         check_config(config)
     _check_folder(folder, resume)
     with api.holding(folder.folder):
-        transitions = load(dataset, cache=Path(str(base.runtime.store)) / "data")
+        transitions = load(dataset, cache=api.store_of(base, folder.folder) / "data")
         check_data(base, transitions)
         question = _decided(question, base, transitions)
         if "fitted_q" in (question.objective, *question.also) and not base.fitted_q.updates:
@@ -118,6 +118,15 @@ def sweep(
 
 
 # ---- before any work
+
+
+def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
+    """The settings, with the store named, so that best.yaml finds it, and the engine that they imply."""
+    store = common.get("runtime.store") or str(folder.folder.parent / "store")
+    more: dict[str, Any] = {"runtime.store": store}
+    if common.get("runtime.address") or common.get("runtime.workers", 1) != 1:
+        more["runtime.engine"] = "ray"
+    return {**common, **more}
 
 
 def _check_folder(folder: Sweep, resume: bool) -> None:
@@ -367,7 +376,7 @@ class _Work:
         # Our ledger is the record; a failed trial has no score; Ctrl-C ends the sweep, not just one trial.
         os.environ.update(
             TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
-            TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0",
+            TUNE_DISABLE_SIGINT_HANDLER="1",
         )
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses Tune's own files
         resources = {"cpu": self._room.cpu, "gpu": self._room.gpu}
