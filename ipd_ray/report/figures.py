@@ -300,8 +300,10 @@ def score_dots(
 def intervals(
     points: Sequence[tuple[Any, float, float]], *, x: str, y: str, alt: str, percent: bool = False, log: bool = False
 ) -> str:
-    """Values with intervals over a setting. points: (setting, mean, half width); settings that are no numbers are put
-    side by side in their order. A line joins the means of equal settings."""
+    """Values with intervals over a setting; a line joins the means of equal ones.
+
+    points: (setting, mean, half width); settings that are no numbers are put side by side, without a line.
+    """
     canvas = _Canvas(width=_WIDE)
     with matplotlib.rc_context(_STYLE):
         ax = canvas.axes
@@ -320,8 +322,9 @@ def intervals(
         ax.errorbar(
             at, means, yerr=np.nan_to_num(halves), fmt="o", color=MUTED if several else BLUE, capsize=0, markersize=4
         )
-        joined = [float(np.mean([m for s, m, _ in points if s == setting])) for setting in settings]
-        ax.plot([across[s] for s in settings], joined, color=BLUE, label="mean" if several else "")
+        if numbers:
+            joined = [float(np.mean([m for s, m, _ in points if s == setting])) for setting in settings]
+            ax.plot([across[s] for s in settings], joined, color=BLUE)
         if percent:
             ax.set_ylim(bottom=0.0)
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
