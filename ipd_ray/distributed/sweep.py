@@ -94,8 +94,8 @@ def sweep(
     base = build(common)
     for config in check_points(question, common):
         check_config(config)
-    _check_folder(folder, resume)
     with api.holding(folder.folder):
+        _check_folder(folder, resume)
         transitions = load(dataset, cache=api.store_of(base, folder.folder) / "data")
         check_data(base, transitions)
         question = _decided(question, base, transitions)
@@ -373,10 +373,11 @@ class _Work:
     def _fit(self, ledger: _Ledger, scheduler: Any, trials: int) -> None:
         if not ledger.open:
             return
-        # Our ledger is the record; a failed trial has no score; Ctrl-C ends the sweep, not just one trial.
+        # Our ledger is the record; a failed trial has no score; Ctrl-C ends the sweep, not just one trial; Tune's newer
+        # output ignores verbose=0.
         os.environ.update(
             TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
-            TUNE_DISABLE_SIGINT_HANDLER="1",
+            TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0",
         )
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses Tune's own files
         resources = {"cpu": self._room.cpu, "gpu": self._room.gpu}
