@@ -89,6 +89,16 @@ def test_curves_of_all_parts_are_merged_whoever_logs_them(place: Path) -> None:
     assert list(folder.glob("wandb/offline-run-*")) and list(folder.glob("tensorboard/events.*"))
 
 
+def test_trials_of_a_sweep_are_one_group_in_wandb(tmp_path: Path) -> None:
+    from ipd_ray.listeners import WandbLog
+
+    for group, shown in ((None, "test-log-v0"), ("eta-sweep", "eta-sweep")):
+        config = RunConfig.model_validate({"runtime": {"wandb": "offline", "wandb_group": group}})
+        log = WandbLog(config, tmp_path, "test/log-v0")
+        assert log._run.group == shown
+        log.close()
+
+
 def test_the_policy_acts_without_the_store(place: Path) -> None:
     policy = Policy.load(place / "runs" / "first")
     action = policy.act(np.zeros((3, 3), np.float32))

@@ -32,7 +32,8 @@ from ipd_ray import api
 from ipd_ray.artifacts import SNAPSHOT, Store, load_tensors
 from ipd_ray.checks import check_config, check_data, check_folder
 from ipd_ray.config import RunConfig, as_yaml, build, flatten
-from ipd_ray.data.minari_source import load
+from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
+from ipd_ray.data.minari_source import DEMO, load
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distributed import cluster
 from ipd_ray.errors import PartialError, UserError
@@ -106,7 +107,7 @@ def sweep(
         ours = cluster.connect(base.runtime.address, dashboard=base.runtime.workers > 1)
         try:
             room = check_room(question, build(common), resolve_device(base.runtime.device), cluster.inspect())
-            work = _Work(folder, question, transitions, common, room, listener)
+            work = _Work(folder, question, dataset, transitions, common, room, listener)
             work.make_shared()
             work.try_points()
             work.try_finalists()
@@ -237,10 +238,10 @@ class _Work:
     """A sweep in progress: what the driver does."""
 
     def __init__(
-        self, folder: Sweep, question: Question, transitions: Transitions, common: Mapping[str, Any], room: Room,
-        listener: Callable[[], Listener],
+        self, folder: Sweep, question: Question, dataset: str, transitions: Transitions, common: Mapping[str, Any],
+        room: Room, listener: Callable[[], Listener],
     ):
-        self._folder, self._question, self._transitions = folder, question, transitions
+        self._folder, self._question, self._dataset, self._transitions = folder, question, dataset, transitions
         self._common, self._room, self._listener = common, room, listener
         self._said = listener()
         self._began = time.monotonic()
@@ -269,8 +270,8 @@ class _Work:
             runtime = config.runtime.model_copy(update={"engine": "ray", "address": None})
             run_dir = self._folder.run_dir(f"shared-{number}")
             api.run(
-                self._transitions.spec.dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir,
-                until=until, listeners=[self._listener(), heard],
+                self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
+                listeners=[self._listener(), heard],
             )
             self.shared += heard.parts(RunFolder(run_dir))
 
@@ -330,7 +331,7 @@ class _Work:
         order = ranked(rows)
         failed = [r for r in records if r["state"] == "failed"]
         summary: dict[str, Any] = {
-            "sweep_dir": str(self._folder.folder), "dataset": self._transitions.spec.dataset,
+            "sweep_dir": str(self._folder.folder), "dataset": self._dataset,
             "objective": question.objective, "seeds": question.seeds, "points": [_plain(row) for row in rows],
             "ranking": [row.point for row in order], "best": None, "agreement": rank_agreement(rows),
             "reuse": reuse([r for r in records if not r["fresh"]]), "shared": self.shared,
@@ -364,9 +365,9 @@ class _Work:
         plain = config.model_copy(update={"runtime": runtime}).model_dump(mode="json")
         rungs = self._question.scheduler == "asha" and not record["fresh"]
         return {
-            "dataset": self._transitions.spec.dataset, "config": json.dumps(flatten(plain)),
+            "dataset": self._dataset, "config": json.dumps(flatten(plain)),
             "run_dir": str(self._folder.run_dir(record["trial"])), "objective": self._question.objective,
-            "also": list(self._question.also), "rungs": rungs, "datasets": os.environ.get("MINARI_DATASETS_PATH"),
+            "also": list(self._question.also), "rungs": rungs, "datasets": _datasets(self._dataset),
             "repeat": json.dumps(record["rungs"]) if record["state"] in _ENDED else "",
         }
 
@@ -393,6 +394,12 @@ class _Work:
             ),
         )
         tuner.fit()
+
+
+def _datasets(dataset: str) -> str | None:
+    """Where this process finds the dataset; None: where Minari looks by itself."""
+    root = demo_root() if dataset == DEMO else os.environ.get(ROOT_VARIABLE)
+    return str(Path(root).absolute()) if root else None
 
 
 _ENDED = ("done", "stopped")
@@ -528,7 +535,7 @@ def run_trial(spec: dict[str, Any]) -> None:
     if spec["repeat"]:
         return
     if spec["datasets"]:  # where the driver finds them, whatever a cluster that was there before it was started with
-        os.environ["MINARI_DATASETS_PATH"] = spec["datasets"]
+        os.environ[ROOT_VARIABLE] = spec["datasets"]
     config, run = build(json.loads(spec["config"])), RunFolder(Path(spec["run_dir"]))
     heard = _Rungs(config, run) if spec["rungs"] else _Heard()
     try:
