@@ -18,7 +18,7 @@ from ipd_ray.evaluate.fitted_q import FittedQ, fit_q
 from ipd_ray.training import set_threads
 from ipd_ray.values.networks import ValueFunctions
 
-CONFIG = ValuesConfig(width=32, layers=2, batch_size=128, learning_rate=2e-3, polyak=0.05)
+CONFIG = ValuesConfig(width=32, layers=2, batch_size=128, learning_rate=2e-3)
 
 
 class Always:
