@@ -202,14 +202,16 @@ class Listed:
 class Tpe:
     """Optuna's tree-structured Parzen estimator. Points that are told without being asked for are history."""
 
-    def __init__(self, question: Question):
+    def __init__(self, question: Question, begun: int = 0):
+        """begun: points drawn before, by a sampler that is gone: this one's draws are others."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._distributions = {name: self._distribution(name, v) for name, v in question.space.items()}
         # constant_liar: a point that is being tried counts as a bad one, or all at a time would be the same
-        sampler = optuna.samplers.TPESampler(seed=question.sampler_seed, multivariate=True, constant_liar=True)
+        seed = int(np.random.SeedSequence([question.sampler_seed, _STREAM, begun]).generate_state(1)[0])
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._open: dict[str, Any] = {}
 
@@ -284,7 +286,7 @@ def points_at_most(question: Question) -> int:
 def sampler_of(question: Question, begun: int = 0) -> Sampler:
     """Return where the question's points come from, after the first `begun` of them."""
     points = known_points(question)
-    return Tpe(question) if points is None else Listed(points[begun:])
+    return Tpe(question, begun) if points is None else Listed(points[begun:])
 
 
 def common_settings(

@@ -256,7 +256,8 @@ class _Work:
         return build(self._common, point, more)
 
     def make_shared(self) -> None:
-        """Have in the store what is known to be needed by more than one trial, up to imagination."""
+        """Have in the store what trials are known to need, up to imagination. What fails here is left to these trials,
+        which fail by themselves, or do not."""
         fronts: dict[tuple[str, ...], tuple[RunConfig, str]] = {}
         for config, until in self._fronts():
             keys = tuple(part.key for part in Parts(config, self._transitions.content_hash).until(until))
@@ -269,11 +270,14 @@ class _Work:
             heard = _Heard()
             runtime = config.runtime.model_copy(update={"engine": "ray", "address": None})
             run_dir = self._folder.run_dir(f"shared-{number}")
-            api.run(
-                self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
-                listeners=[self._listener(), heard],
-            )
-            self.shared += heard.parts(RunFolder(run_dir))
+            try:
+                api.run(
+                    self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
+                    listeners=[self._listener(), heard],
+                )
+                self.shared += heard.parts(RunFolder(run_dir))
+            except Exception as error:
+                self._said.note(f"note: what trials share could not be made, they try by themselves: {error}")
 
     def _fronts(self) -> list[tuple[RunConfig, str]]:
         """Configs and the last step up to which they are made beforehand."""
