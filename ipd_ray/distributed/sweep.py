@@ -29,7 +29,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler
 from ray.tune.search import Searcher
 
 from ipd_ray import api
-from ipd_ray.artifacts import SNAPSHOT, Store, load_tensors
+from ipd_ray.artifacts import SNAPSHOT, Lease, Store, load_tensors
 from ipd_ray.checks import check_config, check_data, check_folder
 from ipd_ray.config import RunConfig, as_yaml, build, flatten
 from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
@@ -542,6 +542,7 @@ def run_trial(spec: dict[str, Any]) -> None:
         os.environ[ROOT_VARIABLE] = spec["datasets"]
     config, run = build(json.loads(spec["config"])), RunFolder(Path(spec["run_dir"]))
     heard = _Rungs(config, run) if spec["rungs"] else _Heard()
+    _wait_for_the_dead(run.path)
     try:
         summary = api.run(spec["dataset"], config, run_dir=run.path, listeners=[heard])
         found = measures(run)
@@ -554,6 +555,14 @@ def run_trial(spec: dict[str, Any]) -> None:
     except Exception:
         record = {"state": "failed", "traceback": traceback.format_exc()}
     tune.report({"step": config.distill.updates, "record": json.dumps(record)})
+
+
+def _wait_for_the_dead(folder: Path) -> None:
+    """Wait until the trial's process before this one, lost with its machine, owns the run folder no more."""
+    end = time.monotonic() + Lease.EXPIRES + Lease.RENEW
+    while (lease := Lease(folder)).acquire() is not None and time.monotonic() < end:
+        time.sleep(1.0)
+    lease.release()
 
 
 class _Heard:
