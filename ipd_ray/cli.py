@@ -319,6 +319,7 @@ def tune_command(
     """
     from ipd_ray import config as config_module
     from ipd_ray.checks import ray_engine
+    from ipd_ray.errors import PartialError
     from ipd_ray.sweep import common_settings, read_question
 
     asked = read_question(question)
@@ -333,10 +334,16 @@ def tune_command(
     if as_json:
         _print_json(answer)
     _print(_sweep_table(answer), to_stderr=as_json)
+    if failed := answer["failed"]:
+        raise PartialError(
+            f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and --resume "
+            "tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
+        )
 
 
 def _sweep_table(answer: Mapping[str, Any]) -> str:
     """Points from best to worst, what was reused, and what to do with the best."""
+
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 

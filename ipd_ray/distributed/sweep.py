@@ -36,7 +36,7 @@ from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
 from ipd_ray.data.minari_source import DEMO, load
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distributed import cluster
-from ipd_ray.errors import PartialError, UserError
+from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker, evaluate
@@ -82,13 +82,10 @@ def sweep(
     resume: bool = False,
     listener: Callable[[], Listener],
 ) -> dict[str, Any]:
-    """Run a sweep to its end; return what its summary.json holds.
+    """Run a sweep to its end; return what its summary.json holds, `failed` trials among it: they stop no other.
 
-    common: {dotted name: value} of what all trials share. listener: makes one that hears of the sweep.
-
-    Raises:
-        UserError: a mistake, before any work.
-        PartialError: trials failed; all others are done, and the summary is written.
+    common: {dotted name: value} of what all trials share. listener: makes one that hears of the sweep. Raises UserError
+    for a mistake, before any work.
     """
     folder = Sweep(sweep_dir.absolute())
     common = _runtime(common, folder)
@@ -329,17 +326,17 @@ class _Work:
         self._fit(ledger, None, len(wanted))
 
     def answer(self) -> dict[str, Any]:
-        """Write summary, best config and report; return the summary. Raises PartialError where trials failed."""
+        """Write summary, best config and report; return the summary."""
         records, question = self._folder.records(), self._question
         rows = rows_of(records, question.seeds)
         order = ranked(rows)
-        failed = [r for r in records if r["state"] == "failed"]
+        failed = {r["trial"]: r["traceback"].strip().splitlines()[-1] for r in records if r["state"] == "failed"}
         summary: dict[str, Any] = {
             "sweep_dir": str(self._folder.folder), "dataset": self._dataset,
             "objective": question.objective, "seeds": question.seeds, "points": [_plain(row) for row in rows],
             "ranking": [row.point for row in order], "best": None, "agreement": rank_agreement(rows),
             "reuse": reuse([r for r in records if not r["fresh"]]), "shared": self.shared,
-            "failed": [r["trial"] for r in failed],
+            "failed": failed,
             "seconds": round(time.monotonic() - self._began, 1),
         }
         if order:
@@ -350,12 +347,7 @@ class _Work:
         from ipd_ray.report import build_sweep_report
 
         build_sweep_report(self._folder.folder, self._folder.folder / "report.html")
-        if failed:
-            raise PartialError(
-                f"{len(failed)} of {len(records)} trials failed; the others are done, {self._folder.folder} holds the "
-                f"answer without them, and --resume tries these again:\n"
-                + "\n".join(f"{r['trial']}: {r['traceback'].strip().splitlines()[-1]}" for r in failed)
-            )
+        self._said.close()
         return summary
 
     def _spec(self, record: Mapping[str, Any]) -> dict[str, Any]:
