@@ -336,8 +336,8 @@ def tune_command(
     _print(_sweep_table(answer), to_stderr=as_json)
     if failed := answer["failed"]:
         raise PartialError(
-            f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and --resume "
-            "tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
+            f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and "
+            "--resume tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
         )
 
 
