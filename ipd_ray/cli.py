@@ -261,6 +261,9 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         s = summary["policy"]
         kept = f"{s['value_at_start']:,.1f} expected at the start, {s['discounted_mean']:,.1f} collected"
         rows.append(("value", f"{kept} (discounted)"))
+    if offline := summary.get("fitted_q"):
+        value = f"{offline['value_mean']:,.1f} ± {offline['value_sem']:,.1f}, {offline['log_value']:,.1f} in the log"
+        rows.append(("fitted Q", f"{value} (discounted, {offline['episodes']} held-out episodes; a proxy)"))
     if summary["seconds"]:
         rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
     rows.append(("run folder", str(_near(folder))))
