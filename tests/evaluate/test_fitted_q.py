@@ -54,7 +54,7 @@ def fitted(log: Log, policy: Any, folder: Path, updates: int = 800) -> dict[str,
     fit_q(
         log, policy, values_of(log), CONFIG, updates=updates, seed=0, device="cpu", workspace=Workspace(folder, 1e-6)
     )
-    return dict(json.loads((folder / "artifact.json").read_text())["diagnostics"])
+    return dict(json.loads((folder / "result.json").read_text())["diagnostics"])
 
 
 @pytest.mark.parametrize("action", [-0.5, 0.5])
