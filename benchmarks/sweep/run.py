@@ -1,12 +1,12 @@
 """What a sweep costs, and whether it computes anything twice: 8 trials of loss weights on bench/pendulum/medium-v0.
 
-    python benchmarks/sweep/run.py alone    WORK    # the shared steps once, then 8 trials one after another, no Tune; on
-                                                    # an idle machine: its distillation has both cores' threads
+    python benchmarks/sweep/run.py alone    WORK    # the shared steps once, then 8 trials one after another, no Tune
     python benchmarks/sweep/run.py together WORK    # `ipd-ray tune`, two trials at a time
     python benchmarks/sweep/run.py killed   WORK    # the same, killed with half of its trials done, and resumed
     python benchmarks/sweep/run.py verdict  WORK    # the goals, from what the others left in WORK
 
-Each of the first three takes minutes on two cores, begins with an empty store, and leaves one JSON file.
+Each of the first three takes minutes on two idle cores (the first one trains with a thread a core, which another load
+stalls), begins with an empty store, and leaves one JSON file.
 """
 
 from __future__ import annotations
@@ -120,9 +120,11 @@ def verdict(work: Path) -> None:
 
 def _bound(what: str, apart: float, mine: dict[str, Any]) -> None:
     bound = OVER * apart + START * len(mine["points"]) / 2
-    verdict = "met" if mine["seconds"] <= bound else "MISSED"
-    ratio = mine["seconds"] / apart
-    print(f"{what}: {apart:.0f} s; the sweep: {mine['seconds']:.0f} s, ratio {ratio:.2f}; bound {bound:.0f} s: {verdict}")
+    seconds = mine["seconds"]
+    print(
+        f"{what}: {apart:.0f} s; the sweep: {seconds:.0f} s, ratio {seconds / apart:.2f}; bound {bound:.0f} s: "
+        f"{'met' if seconds <= bound else 'MISSED'}"
+    )
 
 
 def main() -> None:
