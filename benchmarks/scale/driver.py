@@ -133,12 +133,12 @@ def measure(engine: Engine, tasks: list[Task], work: Path) -> dict[str, Any]:
     }
 
 
-def call_milliseconds(engine: Engine, calls: int = 600) -> float:
-    """What a call takes one actor beside its work: the way there and back, and the driver's share."""
+def call_milliseconds(engine: Engine, actors: int, calls: int = 1500) -> float:
+    """What a call takes an actor beside its work, the driver's share included, where as many actors are busy."""
     times: list[float] = []
     tasks = [Task("nothing", testing.square, {"value": i}) for i in range(calls)]
     engine.map_shards(tasks, lambda *_: times.append(time.monotonic()), lambda: None)
-    return round(1e3 * (times[-1] - times[calls // 3]) / (calls - 1 - calls // 3), 3)
+    return round(1e3 * actors * (times[-1] - times[calls // 3]) / (calls - 1 - calls // 3), 3)
 
 
 def _resident_megabytes() -> float:
@@ -165,13 +165,12 @@ def main() -> None:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         tasks = trivial_tasks(work, args.shards) if kind == "trivial" else planner_tasks(work, args.shards, root)
-        one, engine = (RayEngine(RuntimeConfig(engine="ray", actors=n), "cpu") for n in (1, args.actors))
+        engine = RayEngine(RuntimeConfig(engine="ray", actors=args.actors), "cpu")
         try:
-            found[kind] = {"actors": args.actors, "call_milliseconds": call_milliseconds(one),
+            found[kind] = {"actors": args.actors, "call_milliseconds": call_milliseconds(engine, args.actors),
                            **measure(engine, tasks, work)}
         finally:
             engine.close()
-            one.close()
         write("driver", found, args.out)
         shown = {k: v for k, v in found[kind].items() if k != "second_of_each_shard"}
         print(kind, *(f"  {name}: {value}" for name, value in shown.items()), sep="\n", flush=True)
