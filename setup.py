@@ -19,6 +19,7 @@ setup(
         "minari[hdf5,hf]>=0.5.3",
         "numpy>=2.0",
         "packaging>=23.0",
+        "optuna>=4.0",
         "pyarrow>=17.0",
         "pydantic>=2.9",
         "PyYAML>=6.0",

@@ -136,15 +136,19 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
     return export_minari(transitions, segments, dataset_id, root=root, with_log=with_log), len(segments)
 
 
-def job_of(run: RunFolder) -> DistillJob:
-    """Return a finished run's distillation, which knows its own verdict on its segments. Writes nothing."""
+def job_of(run: RunFolder, *, imagined: bool = True) -> DistillJob:
+    """Return a run's distillation, which knows its own verdict on its segments. Writes nothing.
+
+    imagined: False leaves the segments out, which need not be there then.
+    """
     config = build(run.config)
     data = run.store / "data"
     columns = data / columns_path(data.path, run.identity["content_hash"]).name
     return DistillJob(
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
         log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
-        world_model=str(run.artifact("world_model")), imagination=str(run.artifact("imagine")),
+        world_model=str(run.artifact("world_model")) if imagined else None,
+        imagination=str(run.artifact("imagine")) if imagined else None,
         uncertainty=config.imagine.uncertainty,
         regret_share=config.select.regret_share, accept=config.accept, policy=config.policy, distill=config.distill,
         seed=config.seed,

@@ -392,4 +392,6 @@ class Store:
         folder.write_text(ARTIFACT, json.dumps(content, indent=1))
         for name in (CHECKPOINT, RESULT):
             folder.remove_file(name)
+        for below in folder.folders():  # an engine's own state, of a run that ended on another engine
+            below.remove()
         return Artifact(folder)

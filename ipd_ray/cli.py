@@ -251,6 +251,9 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         s = summary["policy"]
         kept = f"{s['value_at_start']:,.1f} expected at the start, {s['discounted_mean']:,.1f} collected"
         rows.append(("value", f"{kept} (discounted)"))
+    if offline := summary.get("fitted_q"):
+        value = f"{offline['value_mean']:,.1f} ± {offline['value_sem']:,.1f}, {offline['log_value']:,.1f} in the log"
+        rows.append(("fitted Q", f"{value} (discounted, {offline['episodes']} held-out episodes; a proxy)"))
     if summary["seconds"]:
         rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
     rows.append(("run folder", near(folder)))
@@ -271,6 +274,100 @@ def _seconds(value: float) -> str:
     from ipd_ray.runs import human_seconds
 
     return human_seconds(value)
+
+
+# ---- sweeps
+
+
+@app.command("tune")
+@answers
+def tune_command(
+    question: Annotated[
+        Path, typer.Argument(help="YAML file with the search space; tune_configs/ holds some.", metavar="QUESTION")
+    ],
+    dataset: Annotated[str, typer.Option(help="Minari id, local or remote, or `demo`.")],
+    overrides: Overrides = None, preset: Preset = None, config: ConfigFile = None,
+    sweep_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the sweep; runs/<dataset>-<question> where not given. What trials share lies in "
+                     "`store` beside it."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep in the folder; failed trials are tried again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Search settings: runs that share all the work they have in common, on Ray Tune.
+
+    The file names fields of the config and the values to try, how often, and what is maximised. At the end there are
+    a table, a report, and best.yaml, which `ipd-ray run --config` takes.
+    """
+    from ipd_ray import config as config_module
+    from ipd_ray.checks import ray_engine
+    from ipd_ray.errors import PartialError
+    from ipd_ray.sweep import common_settings, read_question
+
+    asked = read_question(question)
+    base = config_module.flatten(config_module.preset(preset)) if preset else {}
+    common = common_settings(asked, base, config, config_module.parse_overrides(overrides or ()))
+    ray_engine()
+    from ipd_ray.distributed.sweep import sweep
+    from ipd_ray.listeners import terminal
+
+    folder = sweep_dir or Path("runs") / f"{dataset.replace('/', '_')}-{question.stem}"
+    answer = sweep(asked, dataset, common, sweep_dir=folder, resume=resume, listener=terminal)
+    if as_json:
+        _print_json(answer)
+    _print(_sweep_table(answer), to_stderr=as_json)
+    if failed := answer["failed"]:
+        raise PartialError(
+            f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and "
+            "--resume tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
+        )
+
+
+def _sweep_table(answer: Mapping[str, Any]) -> str:
+    """Points from best to worst, what was reused, and what to do with the best."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+    def score(row: Mapping[str, Any] | None) -> str:
+        if row is None or row["mean"] is None:
+            return "-"
+        return number(row["mean"]) + (f" ± {number(row['half'])}" if row["half"] is not None else "")
+
+    names = list(answer["points"][0]["settings"]) if answer["points"] else []
+    by_number = {row["point"]: row for row in answer["points"]}
+    order = [*answer["ranking"], *(n for n in by_number if n not in answer["ranking"])]
+    rows = [
+        [str(n), *(str(row["settings"][name]) for name in names), score(row), score(row["fresh"]),
+         "-" if row["accepted"] is None else f"{100 * row['accepted']:.1f} %",
+         row["state"] + (f" at {row['stopped_at']}" if row["stopped_at"] else "")]
+        for n in order for row in [by_number[n]]
+    ]
+    over = answer["points"][0]["over"] if answer["points"] else "seeds"
+    lines = [
+        _table(["point", *names, answer["objective"], "on fresh seeds", "accepted", "state"], rows),
+        f"\n{answer['objective']}: mean and 95 % interval over {over}; best first, by the lower bound on fresh "
+        "environment seeds, then by the lower bound",
+    ]
+    for name, value in answer["agreement"].items():
+        lines.append(f"{name} ranks the points like {answer['objective']} with a rank correlation of {value:.2f}")
+    lines += ["", _table(
+        ["step", "needed by trials", "made", "reused", "time", "saved"],
+        [[r["step"], str(r["needed"]), str(r["made"]), str(r["reused"]), _seconds(r["seconds"]), _seconds(r["saved"])]
+         for r in answer["reuse"]],
+    )]
+    from ipd_ray.storage import near
+
+    folder = near(answer["sweep_dir"])
+    saved = sum(r["saved"] for r in answer["reuse"])
+    lines += ["", f"{_seconds(answer['seconds'])} now; apart, the trials would have taken {_seconds(saved)} more"]
+    if answer["best"]:
+        lines.append(f"best        ipd-ray run {answer['dataset']} --config {folder}/best.yaml")
+    lines.append(f"report      {folder}/report.html")
+    return "\n".join(lines)
 
 
 # ---- config
@@ -656,11 +753,15 @@ def report(
     ] = None,
     runs_dir: RunsDir = "runs",
 ) -> None:
-    """Write one HTML page on a run, or one that compares several. It needs nothing else, and no network."""
-    from ipd_ray.report import build_report
+    """Write one HTML page on a run, on a sweep's folder, or one that compares several runs. It needs no network."""
+    from ipd_ray.report import build_report, build_sweep_report
     from ipd_ray.runs import open_run
     from ipd_ray.storage import near
+    from ipd_ray.sweep import Sweep
 
+    if len(run) == 1 and (sweep := Sweep(Path(run[0]))).exists:
+        _print(f"report in {near(build_sweep_report(sweep.folder, output or sweep.folder / 'report.html'))}")
+        return
     folders = [open_run(name, runs_dir).folder for name in run]
     name = "report.html" if len(folders) == 1 else "comparison.html"
     written = build_report(folders, output or folders[0].path / name)

@@ -301,6 +301,14 @@ class ChooseConfig(Section):
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 
 
+class FittedQConfig(Section):
+    """Step 7, the policy's value on held-out episodes, by fitted-Q evaluation: what is left without an environment."""
+
+    updates: NonNegativeInt = 0
+    """Gradient updates of Q under the policy, from the values' Q and in networks of its size; 0: not done. As many as
+    values.updates is ample."""
+
+
 class EvaluateConfig(Section):
     """Step 7, the policy in the real environment."""
 
@@ -356,6 +364,8 @@ class RuntimeConfig(Section):
     """Weights & Biases logging."""
     wandb_project: str = "ipd_ray"
     """Weights & Biases project."""
+    wandb_group: str | None = None
+    """Weights & Biases group, such as a sweep's; the dataset's name where not given."""
     tensorboard: bool = False
     """TensorBoard event files in the run folder."""
 
@@ -387,6 +397,7 @@ class RunConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     distill: DistillConfig = DistillConfig()
     choose: ChooseConfig = ChooseConfig()
+    fitted_q: FittedQConfig = FittedQConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 

@@ -268,6 +268,10 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
     if step == "choose":
         played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
         return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
+    if step == "fitted_q":
+        v = config.values
+        flops = 2.0 * v.batch_size * 2 * w.q * 4  # target, forward; Q, forward and back
+        return config.fitted_q.updates * _update("values", flops, speed.product(2, v.batch_size, v.width), speed)
     steps = config.distill.snapshots * (config.evaluate.max_steps or sizes.longest)
     return steps * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
 
@@ -297,7 +301,7 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     """Peak bytes of one worker: the process, the log, tables or activations."""
     o, a, steps = sizes.observation, sizes.action, sizes.steps
     w, log = _Weights.of(config, sizes), PROCESS_BYTES + _log_bytes(sizes)
-    if step == "values":
+    if step in ("values", "fitted_q"):
         return log + 4.0 * steps * (3 * o + a + 4) * 2 + 4.0 * 5 * w.values
     if step == "world_model":
         m = config.world_model

@@ -179,7 +179,8 @@ class WandbLog:
         runtime = config.runtime
         try:
             self._run = wandb.init(
-                project=runtime.wandb_project, name=folder.name, group=dataset.replace("/", "-"), dir=str(folder),
+                project=runtime.wandb_project, name=folder.name, dir=str(folder),
+                group=runtime.wandb_group or dataset.replace("/", "-"),
                 mode=runtime.wandb if runtime.wandb != "off" else "disabled",
                 config={**flatten(config.model_dump(mode="json")), "dataset": dataset},
                 settings=wandb.Settings(silent=True, console="off"),

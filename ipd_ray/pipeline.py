@@ -21,7 +21,7 @@ from ipd_ray.distill import fit as distill_fit
 from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import choose as evaluate_choose
-from ipd_ray.evaluate import episodes
+from ipd_ray.evaluate import episodes, fitted_q
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener, ShardProgress
@@ -33,6 +33,7 @@ from ipd_ray.steps import (
     gate_of,
     run_choose,
     run_evaluate,
+    run_fitted_q,
     run_select,
     run_shard,
     run_values,
@@ -44,7 +45,7 @@ from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
 IMAGINE_VERSION = 2
-STEPS = ("values", "world_model", "imagine", "distill", "choose", "evaluate")
+STEPS = ("values", "world_model", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ class Parts:
             upstream = {"world_model": self.world_model.key, **candidates}
             about: dict[str, Any] = {"choose": c.choose, "uncertainty": c.imagine.uncertainty}
             self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, about, upstream)
+        self.fitted_q: Part | None = None
+        """None where it is not asked for."""
+        if c.fitted_q.updates > 0:
+            upstream = {"values": self.values.key, "policy": self.policy.key}
+            self.fitted_q = Part("fitted_q", "fitted_q", fitted_q.VERSION, c.seed, {"fitted_q": c.fitted_q}, upstream)
         for variant in ("ipd", *c.ablations):
             suffix = "" if variant == "ipd" else f":{variant}"
             chosen = {"choose": self.choose.key} if self.choose and variant == "ipd" else {}
@@ -151,8 +157,8 @@ class Parts:
         ahead, order = [self.world_model, self.imagine], STEPS.index(last)
         if order >= STEPS.index("distill") and not self._imagines:
             ahead = [self.world_model] if order > STEPS.index("distill") and self.choose else []
-        choose = [self.choose] if self.choose else []
-        parts = [self.values, *ahead, *self.distill.values(), *choose, *self.evaluate.values()]
+        after = [part for part in (self.choose, self.fitted_q) if part]
+        parts = [self.values, *ahead, *self.distill.values(), *after, *self.evaluate.values()]
         return [p for p in parts if STEPS.index(p.step) <= order]
 
 
@@ -225,6 +231,8 @@ def run_until(context: Context, last: str = "evaluate") -> None:
         distill(context, variant)
     if "choose" in needed:
         choose(context)
+    if "fitted_q" in needed:
+        evaluate_offline(context)
     for variant in context.parts.evaluate if "evaluate" in needed else ():
         evaluate(context, variant)
 
@@ -349,6 +357,29 @@ def choose(context: Context) -> None:
     context.obtain({"choose": part}, compute)
 
 
+def evaluate_offline(context: Context) -> None:
+    """Step 7 without an environment: the value of the policy that is left, on held-out episodes."""
+    config, part = context.config, context.parts.fitted_q
+    assert part is not None  # part of the run
+
+    def compute(folders: dict[str, Folder]) -> None:
+        folder = folders["fitted_q"]
+        arguments = {
+            "work": str(folder),
+            "place": context.place(),
+            "log": context.log,
+            "values": context.path(context.parts.values),
+            "policy": context.path(context.parts.policy),
+            "config": config.fitted_q,
+            "seed": config.seed,
+        }
+        context.engine.run_steps(
+            [Task(part.name, run_fitted_q, arguments)], CurveTail(part.name, folder, context.listener)
+        )
+
+    context.obtain({"fitted_q": part}, compute)
+
+
 def evaluate(context: Context, variant: str = "ipd") -> None:
     """Step 7, one policy; skipped with a line where there is no environment."""
     config, part = context.config.evaluate, context.parts.evaluate[variant]
@@ -419,6 +450,8 @@ def summarise(context: Context) -> dict[str, Any]:
         summary["imagined"] = {k: imagined[k] for k in keep if k in imagined}
     if chosen := found.get("choose"):
         summary["chosen"] = {k: chosen.diagnostics[k] for k in ("variant", "step")}
+    if offline := found.get("fitted_q"):
+        summary["fitted_q"] = {k: offline.diagnostics[k] for k in ("value_mean", "value_sem", "log_value", "episodes")}
     for variant, part in parts.evaluate.items():
         if part.name in found:
             scores = found[part.name].diagnostics

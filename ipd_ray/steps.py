@@ -19,6 +19,7 @@ from ipd_ray.config import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
+    FittedQConfig,
     ImagineConfig,
     PlannerConfig,
     PolicyConfig,
@@ -44,6 +45,7 @@ from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
+from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
@@ -363,6 +365,22 @@ class DistillJob:
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
 
+    def acting(self, policy: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and description with which a policy of this distillation acts; policy: its own tensors, prefixed."""
+        log, values = self.log.load(), Artifact(self.values)
+        target = self.distill.target_return
+        if self.distill.prompt == "fixed" and target is None:
+            target = float(log.transitions.episode_return.max())
+        return {**policy, **prefixed("values", values.tensors())}, {
+            "spec": {**log.transitions.spec.__dict__},
+            "reward_scale": log.reward_scale,
+            "prompt": self.distill.prompt,
+            "discount": log.discount,
+            "policy": self.policy.model_dump(mode="json"),
+            "values": {k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
+            "target_return": target,
+        }
+
 
 def run_distill(work: str, place: Place, job: DistillJob) -> None:
     """Step 5 in one process."""
@@ -415,6 +433,19 @@ def run_choose(
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},
         **{name: artifact.described[name] for name in kept}, updates=step, variant=variant,
+    )
+
+
+def run_fitted_q(
+    work: str, place: Place, log: LogRef, values: str, policy: str, config: FittedQConfig, seed: int
+) -> None:
+    """Step 7 without an environment: the value of the policy on held-out episodes."""
+    artifact = Artifact(policy)
+    acting = Policy(artifact.described, artifact.tensors(), place.device)
+    described = values_of(values, place.device), ValuesConfig.model_validate(Artifact(values).described["values"])
+    fit_q(
+        log.load(), acting, *described, updates=config.updates, seed=seed, device=place.device,
+        workspace=place.workspace(work),
     )
 
 

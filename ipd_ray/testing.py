@@ -92,6 +92,11 @@ def probe_where_writable(uri: str) -> None:
     probe(uri)
 
 
+def broken_pendulum(**kwargs: Any) -> Any:
+    """An environment that cannot be made."""
+    raise RuntimeError("the motor is gone")
+
+
 def write_pid(path: str, seconds: float) -> None:
     """Tell who works here, then take long."""
     Path(path).write_text(str(os.getpid()))

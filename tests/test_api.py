@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,6 +90,16 @@ def test_curves_of_all_parts_are_merged_whoever_logs_them(place: Path) -> None:
     assert list(folder.glob("wandb/offline-run-*")) and list(folder.glob("tensorboard/events.*"))
 
 
+def test_trials_of_a_sweep_are_one_group_in_wandb(tmp_path: Path) -> None:
+    from ipd_ray.listeners import WandbLog
+
+    for group, shown in ((None, "test-log-v0"), ("eta-sweep", "eta-sweep")):
+        config = RunConfig.model_validate({"runtime": {"wandb": "offline", "wandb_group": group}})
+        log = WandbLog(config, tmp_path, "test/log-v0")
+        assert log._run.group == shown
+        log.close()
+
+
 def test_the_policy_acts_without_the_store(place: Path) -> None:
     policy = Policy.load(place / "runs" / "first")
     action = policy.act(np.zeros((3, 3), np.float32))
@@ -110,6 +121,36 @@ def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> No
         "values": True, "world_model": True, "imagine": True, "distill": False, "distill:no_imagination": False,
         "choose": False, "evaluate": False,
     }
+
+
+def test_filtering_at_reading_equals_imagining_anew_at_that_threshold(place: Path) -> None:
+    """A sweep over thresholds imagines once. In a store of its own, the same threshold comes to the same plans and the
+    same policy, bit for bit."""
+    def imagined(folder: str) -> dict[str, Any]:
+        return dict(Artifact(Path(links(folder)["distill"]["path"])).diagnostics["imagined"])
+
+    def links(folder: str) -> dict[str, dict[str, str]]:
+        return dict(json.loads((place / folder / "links.json").read_text()))
+
+    middle = imagined("runs/first")["uncertainty_quantiles"]["0.5"]
+    at = (f"accept.threshold={middle}", "choose.without_imagination=false", "choose.episodes=0")
+    heard = Heard()
+    run(LOG, settings(*at), run_dir=place / "runs" / "filtered", until="distill", listeners=[heard])
+    run(LOG, settings(*at), run_dir=place / "elsewhere" / "anew", until="distill")
+    assert heard.ended == {"values": True, "world_model": True, "imagine": True, "distill": False}
+    assert links("runs/first")["imagine"] == links("runs/filtered")["imagine"]
+    for part in ("imagine", "distill"):
+        one, other = (Artifact(Path(links(folder)[part]["path"])) for folder in ("runs/filtered", "elsewhere/anew"))
+        assert one.path != other.path and one.digest == other.digest
+    assert 0 < imagined("runs/filtered")["accepted_steps"] < imagined("runs/first")["accepted_steps"]
+
+
+def test_a_run_leaves_the_value_of_its_policy_on_held_out_episodes(place: Path) -> None:
+    heard = Heard()
+    run(LOG, settings("fitted_q.updates=20"), run_dir=place / "runs" / "first", listeners=[heard])
+    summary = run(LOG, settings("fitted_q.updates=20"), run_dir=place / "runs" / "offline", until="fitted_q")
+    assert [name for name, reused in heard.ended.items() if not reused] == ["fitted_q"]
+    assert summary["fitted_q"]["episodes"] == 1
 
 
 def test_a_run_may_end_early_and_go_on_later(place: Path) -> None:

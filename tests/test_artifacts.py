@@ -273,6 +273,8 @@ def finished(store: Store, step: str = "values", value: float = 1.0) -> Artifact
         workspace = Workspace(folders[step])
         workspace.log(1, 1, {"loss": 0.5})
         workspace.checkpoint(1, {"w": torch.tensor([value])})
+        (workspace.path / "ray").mkdir()
+        (workspace.path / "ray" / "state.bin").write_bytes(b"of an engine")
         workspace.finish({"w": torch.tensor([value])}, {"rmse": 0.25}, more="described")
         return store.commit(step, KEY, version=3, parts={"seed": 0})
 

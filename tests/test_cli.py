@@ -170,3 +170,28 @@ def test_report_of_one_run_and_of_several(tmp_path: Path) -> None:
     call("report", "runs/mine", "--output", str(tmp_path / "one.html"))
     call("report", "mine", "mine", "--output", str(tmp_path / "two.html"))
     assert (tmp_path / "one.html").stat().st_size > 10_000 and (tmp_path / "two.html").exists()
+
+
+@pytest.mark.parametrize(("question", "more", "said"), [
+    ("space: {distil.eta: [0.0]}", (), "Did you mean 'distill.eta'"),
+    ("space: {distill.eta: [0.0]}", ("distill.eta=0.5",), "distill.eta is swept"),
+    ("space: {distill.eta: [0.0]}", ("planer.horizon=3",), "Did you mean 'planner.horizon'"),
+    ("space: {distill.eta: [-1.0]}", (), "distill.eta=-1.0 is not valid"),
+    ("space: {policy.context: [3000]}", (), "policy.context=3000 must be at most policy.max_timestep=1000"),
+    ("space: {distill.eta: [0.0]}\nobjective: imagined", ("choose.episodes=0",), "set choose.episodes above 0"),
+    ("space: {distill.updates: [10]}\nscheduler: asha", (), "take distill.updates out of space"),
+    ("space: {distill.eta: [0.0]}\nscheduler: asha", ("distill.snapshots=1",), "set distill.snapshots to 4"),
+])
+def test_a_sweep_that_cannot_be_is_refused_before_any_work(
+    place: Path, question: str, more: tuple[str, ...], said: str
+) -> None:
+    (place / "question.yaml").write_text(question)
+    words = ("tune", "question.yaml", "--dataset", LOG, "--sweep-dir", "runs/refused", *more)
+    assert said in call(*words, code=2).output
+    assert not (place / "runs" / "refused").exists()
+
+
+def test_a_sweep_writes_into_no_folder_of_something_else(place: Path) -> None:
+    (place / "question.yaml").write_text("space: {distill.eta: [0.0]}")
+    said = call("tune", "question.yaml", "--dataset", LOG, "--sweep-dir", "runs/mine", code=2).output
+    assert "runs/mine" in said

@@ -67,7 +67,12 @@ class Nodes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        import ray
+        from ray.experimental.internal_kv import _initialize_internal_kv
+
         self._cluster.shutdown()
+        if ray.is_initialized():  # to another cluster, whose client that has reset
+            _initialize_internal_kv(ray._private.worker.global_worker.gcs_client)
 
 
 class AutoscaledNodes:

@@ -63,16 +63,16 @@ class RayEngine:
         distill(job, (fewest, most), tick, labels=self._worker_labels)
 
     def require_storage(self, places: Sequence[str]) -> None:
-        """Nodes that an autoscaler brings later are not asked."""
+        """Nodes that an autoscaler brings later are not asked, and those that went meanwhile do not matter."""
         with marked(places) as marks:
             answers = on_every_node(troubles, marks)
-        names = {member.id: member.name for member in members()}
-        for node, answer in answers.items():
+        for member in members():
+            answer = answers.get(member.id, {})
             wrong = {"": str(answer)} if isinstance(answer, Exception) else answer
             for place, text in wrong.items():
                 if text:
                     raise UserError(
-                        f"node {names.get(node, node)}{place and f', {place}'}: {text.strip()}: give runtime.store and "
+                        f"node {member.name}{place and f', {place}'}: {text.strip()}: give runtime.store and "
                         "--run-dir a mount that every node has, or a URI such as s3://bucket/runs with credentials on "
                         "every node; `ipd-ray doctor` looks at all of them."
                     )

@@ -49,7 +49,11 @@ class ActorPool:
         """limit: how many actors there may be, asked again and again. threads, gpus: what each one takes. labels: of
         the nodes that they may live on."""
         self._limit = limit
-        options: dict[str, Any] = {"num_cpus": cpus(threads), "num_gpus": gpus, "label_selector": dict(labels or {})}
+        # DEFAULT: in a Tune trial, its placement group would take actors in, and has no room for them.
+        options: dict[str, Any] = {
+            "num_cpus": cpus(threads), "num_gpus": gpus, "label_selector": dict(labels or {}),
+            "scheduling_strategy": "DEFAULT",
+        }
         self._make: Any = ray.remote(max_restarts=0, **options)(Worker)
         self.least = 0
         """Actors that are started and kept even where fewer tasks wait."""

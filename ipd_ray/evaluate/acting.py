@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipd_ray.artifacts import Artifact, stripped
 from ipd_ray.config import PolicyConfig
-from ipd_ray.data.transitions import Spec
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.errors import UserError
 from ipd_ray.layers import block_generator
@@ -126,6 +126,46 @@ class Policy:
         s = torch.from_numpy(self.spec.flatten_observation(observation)).to(self._device)
         return np.asarray(self._values.v(s).cpu().numpy() / self.reward_scale, np.float32)
 
+    @torch.no_grad()
+    def along(self, t: Transitions, rows: int = 4096) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what the policy would do along the log, were the log its past: actions in [-1, 1] of every step (T, A)
+        and of the observation after each episode's last step (E, A). Candidates are not ranked. rows: at a time."""
+        place = np.arange(len(t)) + t.episode  # episode after episode, each with one position more than steps
+        last = t.episode_start[1:] - 1
+        at_end = place[last] + 1
+        size = len(t) + t.episodes
+
+        def spread(of_steps: NDArray[Any], of_ends: NDArray[Any] | float) -> Tensor:
+            out = np.zeros((size, *of_steps.shape[1:]), of_steps.dtype)
+            out[place], out[at_end] = of_steps, of_ends
+            return torch.from_numpy(out).to(self._device)
+
+        observation, action = spread(t.observation, t.next_observation[last]), spread(t.action, 0.0)
+        timestep = spread(t.timestep, t.timestep[last] + 1)
+        begin = spread(place - t.timestep, (place - t.timestep)[last])
+        if self.prompt == "fixed":
+            collected = np.cumsum(t.reward.astype(np.float64))
+            before = collected - t.reward - np.append(0.0, collected)[t.episode_start[:-1]][t.episode]
+            prompt = spread(self._start_target() - before, self._start_target() - (before + t.reward)[last]).float()
+        else:
+            prompt = torch.cat([self._prompts(o) for o in observation.split(65_536)])
+        out = []
+        for ends in torch.arange(size, device=self._device).split(rows):
+            position = ends[:, None] + torch.arange(1 - self._context, 1, device=self._device)
+            valid = position >= begin[ends][:, None]
+            position = torch.where(valid, position, ends[:, None])
+            past = [torch.where(valid[..., None], c[position], 0.0) for c in (observation, action)]
+            asked, when = (torch.where(valid, c[position], 0) for c in (prompt, timestep))
+            out.append(self._model(asked, *past, when, valid)[:, -1].cpu().numpy())
+        every = np.concatenate(out)
+        return every[place], every[at_end]
+
+    def _prompts(self, s: Tensor) -> Tensor:
+        """(N,) what is asked for in observations (N, O), where that is a function of them alone."""
+        if self.prompt == "value":
+            return self._values.v(s)
+        return self._values.return_expectiles(s)[1] if self.prompt == "outcome" else torch.zeros_like(s[:, 0])
+
     def _best_by_q(self, s_NO: Tensor, action_NA: Tensor) -> Tensor:
         """The best by min Q of the policy's action and noisy ones around it. The same noise after every reset."""
         shape = (self._candidates, *action_NA.shape)
@@ -154,12 +194,7 @@ class Policy:
             past[:, :-1] = past[:, 1:].clone()
         self._observation[:, -1] = s
         self._action[:, -1] = 0.0
-        if self.prompt == "value":
-            self._prompt[:, -1] = self._values.v(s)
-        elif self.prompt == "outcome":
-            self._prompt[:, -1] = self._values.return_expectiles(s)[1]
-        elif self.prompt == "fixed":
-            self._prompt[:, -1] = self._asked
+        self._prompt[:, -1] = self._asked if self.prompt == "fixed" else self._prompts(s)
         back = torch.arange(1 - self._context, 1, device=self._device)
         valid = self._steps[:, None] + back >= 0
         timestep = (self._steps[:, None] + back).clamp(min=0)

@@ -297,6 +297,101 @@ def score_dots(
     return canvas.svg(alt)
 
 
+def intervals(
+    points: Sequence[tuple[Any, float, float]], *, x: str, y: str, alt: str, percent: bool = False, log: bool = False
+) -> str:
+    """Values with intervals over a setting; a line joins the means of equal ones.
+
+    points: (setting, mean, half width); settings that are no numbers are put side by side, without a line.
+    """
+    canvas = _Canvas(width=_WIDE)
+    with matplotlib.rc_context(_STYLE):
+        ax = canvas.axes
+        settings = list(dict.fromkeys(setting for setting, _, _ in points))
+        numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in settings)
+        across = {s: float(s) if numbers else float(i) for i, s in enumerate(settings)}
+        if numbers:
+            settings.sort()
+            if log and all(s > 0 for s in settings):
+                ax.set_xscale("log")
+        else:
+            ax.set_xticks(list(across.values()), [str(s) for s in settings])
+        at = [across[setting] for setting, _, _ in points]
+        means, halves = (np.asarray([p[i] for p in points], np.float64) for i in (1, 2))
+        several = len(settings) < len(points)
+        ax.errorbar(
+            at, means, yerr=np.nan_to_num(halves), fmt="o", color=MUTED if several else BLUE, capsize=0, markersize=4
+        )
+        if numbers:
+            joined = [float(np.mean([m for s, m, _ in points if s == setting])) for setting in settings]
+            ax.plot([across[s] for s in settings], joined, color=BLUE)
+        if percent:
+            ax.set_ylim(bottom=0.0)
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        _labels(ax, x, y)
+    return canvas.svg(alt)
+
+
+def parallel(
+    axes: Mapping[str, Sequence[Any]], scores: Sequence[float], *, best: int, score: str, alt: str
+) -> str:
+    """Parallel coordinates: a line a point across its settings to its score; the best in colour, better ones darker.
+
+    axes: the points' values by setting. best: index of the point that is drawn in colour.
+    """
+    canvas = _Canvas(width=2 * _WIDE, height=1.2 * _HEIGHT)
+    with matplotlib.rc_context(_STYLE):
+        ax = canvas.axes
+        ax.grid(False)
+        columns = {**axes, score: scores}
+        heights = []
+        for i, values in enumerate(columns.values()):
+            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+            levels: list[Any] = sorted(set(values)) if numbers else list(dict.fromkeys(map(str, values)))
+            place: dict[Any, float] = {v: k / max(len(levels) - 1, 1) for k, v in enumerate(levels)}
+            if numbers and len(levels) > 6:  # drawn from a range
+                low, high = levels[0], levels[-1]
+                place = {v: (v - low) / (high - low) for v in levels}
+                levels = [low, high]
+            ax.axvline(i, color=LINE, linewidth=0.9)
+            for level in levels:
+                text = readable(level) if numbers else str(level)
+                ax.annotate(text, (i, place[level]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
+            heights.append([place[v if numbers else str(v)] for v in values])
+        order = np.argsort(scores)
+        for rank, row in enumerate(order):
+            shade = 0.25 + 0.5 * rank / max(len(order) - 1, 1)
+            colour, alpha, width = (BLUE, 1.0, 2.2) if row == best else (MUTED, shade, 1.1)
+            ax.plot(range(len(columns)), [h[row] for h in heights], color=colour, alpha=alpha, linewidth=width)
+        ax.set_xticks(range(len(columns)), list(columns))
+        ax.set_yticks([])
+        ax.set_ylim(-0.06, 1.06)
+        ax.set_xlim(-0.1, len(columns) - 0.6)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+        ax.tick_params(axis="x", length=0)
+    return canvas.svg(alt)
+
+
+def bundle(
+    lines: Sequence[tuple[Sequence[float], Sequence[float]]], *, best: Sequence[int], named: str, x: str, y: str,
+    alt: str,
+) -> str:
+    """Many lines (steps, values) in grey, those of the best in colour."""
+    canvas = _Canvas()
+    with matplotlib.rc_context(_STYLE):
+        ax = canvas.axes
+        for i, (steps, values) in sorted(enumerate(lines), key=lambda item: item[0] in best):
+            look: dict[str, Any] = {"color": BLUE} if i in best else {"color": MUTED, "alpha": 0.5, "linewidth": 1.0}
+            mark = "o" if len(steps) < 6 else ""
+            ax.plot(steps, values, marker=mark, label=named if i == min(best, default=-1) else "", **look)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if best:
+            _legend_above(ax, 1)
+        _labels(ax, x, y)
+    return canvas.svg(alt)
+
+
 def _colours(names: Iterable[str]) -> list[str]:
     return [_KNOWN.get(name, CYCLE[i % len(CYCLE)]) for i, name in enumerate(names)]
 

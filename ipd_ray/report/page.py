@@ -49,10 +49,18 @@ def build_report(folders: Sequence[str | Path | Folder], output: Path) -> Path:
     datasets = ", ".join(dict.fromkeys(str(v.identity["dataset"]) for v in views))
     title = f"{len(views)} runs side by side" if several else views[0].label
     seeds = ", ".join(str(v.identity["seed"]) for v in views)
+    return write_page(output, title, f"{datasets} · seed {seeds}", contents, body, identity)
+
+
+def write_page(
+    output: Path, title: str, subtitle: str, contents: Sequence[tuple[str, str]], body: Sequence[str],
+    identity: str = "",
+) -> Path:
+    """Write a page of sections and return its path. contents: (id, title) of each section; body: their HTML."""
     page = Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
         fingerprint=identity,
         title=escape(title),
-        subtitle=f"{escape(datasets)} · seed {escape(seeds)} · ipd_ray",
+        subtitle=f"{escape(subtitle)} · ipd_ray",
         contents="".join(f'<a href="#{id}">{name}</a>' for id, name in contents),
         body="\n".join(body),
     )

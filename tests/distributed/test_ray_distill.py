@@ -105,6 +105,7 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_workers_come_and_go_with_the_nodes_and_the_curve_stays_whole(tiny_method, local: Path, tmp_path: Path):
     """One of at most two workers starts; a node comes before update 20, and is gone before update 40."""
     job = tiny_method.job(tmp_path / "work", ElasticJob, every=1e-6, gates={20: 2, 40: 1})
@@ -130,7 +131,7 @@ def test_workers_come_and_go_with_the_nodes_and_the_curve_stays_whole(tiny_metho
         "ray.shutdown()\n"
         "cluster.shutdown()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr
     work = tmp_path / "work"
     assert steps(work) == STEPS

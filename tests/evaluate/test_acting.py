@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_fixtures import spec_of
+from method_fixtures import log_of, spec_of
 
 from ipd_ray.artifacts import Store, Workspace, prefixed
 from ipd_ray.config import PolicyConfig, ValuesConfig
@@ -92,6 +92,21 @@ def test_acting_step_by_step_is_the_forward_of_training(prompt: str):
             past = np.stack([a[i] for a in taken[:t]]) if t else np.zeros((0, A), np.float32)
             expected = trained_forward(policy, s[: t + 1, i], past, asked[: t + 1])
             assert taken[t][i] == pytest.approx(expected, abs=1e-4), (i, t)
+
+
+@pytest.mark.parametrize("prompt", ["value", "outcome", "fixed", "none"])
+def test_along_episodes_that_it_acted_itself_a_policy_does_what_it_did(prompt: str):
+    lengths, episodes = (7, 3), []
+    taken, at_ends = [], []
+    for i, length in enumerate(lengths):
+        policy, s = policy_of(prompt=prompt, target=4.0), walk(steps=length + 1, n=1, seed=i)[:, 0]
+        rewards = np.random.default_rng(i).normal(size=length).astype(np.float32)
+        acted = [rescaled(policy.act(s[t], rewards[t - 1] if t else None)) for t in range(length + 1)]
+        episodes.append((s, acted[:length], rewards, False))
+        taken += acted[:length]
+        at_ends.append(acted[length])
+    along, ends = policy_of(prompt=prompt, target=4.0).along(log_of(episodes).transitions, rows=4)
+    assert along == pytest.approx(np.stack(taken), abs=1e-4) and ends == pytest.approx(np.stack(at_ends), abs=1e-4)
 
 
 def test_a_batch_of_environments_is_many_single_ones():

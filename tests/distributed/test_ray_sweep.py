@@ -1,0 +1,241 @@
+"""Sweeps on Ray Tune: shared work once, kills and resumes, failures kept, trials ended midway, rooms refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import LOG, SETTINGS, write_log
+
+from ipd_ray.artifacts import Store
+from ipd_ray.config import build, load, parse_overrides
+from ipd_ray.errors import UserError
+from ipd_ray.progress import Listeners
+from ipd_ray.sweep import Question, Range, Sweep
+
+pytestmark = pytest.mark.ray
+COMMON = {**parse_overrides(SETTINGS), "choose.without_imagination": False, "runtime.train_threads": 1}
+SHARED = ("values", "world_model", "imagine")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
+    """The log, where trials find it: the cluster is up already, so they are told by name only through the store."""
+    root = tmp_path_factory.mktemp("minari")
+    write_log(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        yield root
+
+
+def swept(question: Question, folder: Path, *, resume: bool = False, **more: Any) -> dict[str, Any]:
+    from ipd_ray.distributed.sweep import sweep
+
+    common = {**COMMON, **{name.replace("__", "."): value for name, value in more.items()}}
+    return sweep(question, LOG, common, sweep_dir=folder, resume=resume, listener=Listeners)
+
+
+def made(folder: Path) -> Counter[str]:
+    """How often the driver and the trials say that they computed each part."""
+    summary = json.loads((folder / "summary.json").read_text())
+    parts = [*summary["shared"], *(p for r in Sweep(folder).records() for p in r.get("parts", ()))]
+    return Counter(p["name"] for p in parts if not p["reused"])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, _minari: Path) -> tuple[Path, dict[str, Any]]:
+    """A grid of four points, two trials at a time, to its end."""
+    question = Question(
+        space={"distill.eta": (0.0, 0.5), "accept.threshold": (0.3, 1000.0)}, seeds=1, finalists=1, also=("imagined",)
+    )
+    folder = tmp_path_factory.mktemp("sweep") / "grid"
+    return folder, swept(question, folder)
+
+
+def test_two_trials_at_a_time_compute_what_they_share_once(done: tuple[Path, dict[str, Any]]):
+    folder, answer = done
+    stored = Counter(a.path.parent.name for a in Store(folder.parent / "store").ls())
+    assert {step: stored[step] for step in SHARED} == dict.fromkeys(SHARED, 1)
+    assert {step: made(folder)[step] for step in SHARED} == dict.fromkeys(SHARED, 1)
+    assert stored["distill"] == made(folder)["distill"] == 4 and stored["evaluate"] == 5  # one finalist again
+    assert {r["step"]: r["reused"] for r in answer["reuse"]}["imagine"] == 3
+    assert len(answer["ranking"]) == 4 and answer["best"]["fresh"] is not None
+    assert answer["points"][0]["accepted"] < answer["points"][1]["accepted"]
+    assert -1.0 <= answer["agreement"]["imagined"] <= 1.0
+
+
+def test_the_best_config_runs_and_finds_every_key(done: tuple[Path, dict[str, Any]], tmp_path: Path):
+    from ipd_ray import run
+
+    folder, answer = done
+    heard: dict[str, bool] = {}
+
+    class Heard(Listeners):
+        def end(self, step: str, seconds: float, reused: bool) -> None:
+            heard[step] = reused
+
+    summary = run(LOG, load(path=folder / "best.yaml"), run_dir=tmp_path / "best", listeners=[Heard()])
+    assert set(heard) >= {*SHARED, "distill", "choose", "evaluate"} and all(heard.values())
+    assert summary["policy"]["return_mean"] == answer["best"]["mean"]
+
+
+def test_the_report_shows_what_was_asked(done: tuple[Path, dict[str, Any]]):
+    page = (done[0] / "report.html").read_text()
+    for said in (
+        "Learning curves by trial", "mean return against accept.threshold", "accepted against accept.threshold",
+        "Parallel coordinates", "What was shared", "best.yaml",
+    ):
+        assert said in page
+    assert "accepted against distill.eta" not in page and "Failed trials" not in page
+
+
+def test_a_sweep_that_ended_is_resumed_at_once_and_not_begun_anew_by_mistake(done: tuple[Path, dict[str, Any]]):
+    folder, answer = done
+    question = Question.model_validate(Sweep(folder).described["question"])
+    with pytest.raises(UserError, match="4 trials have ended: --resume goes on"):
+        swept(question, folder)
+    with pytest.raises(UserError, match=r"another sweep: distill\.updates differs"):
+        swept(question, folder, resume=True, distill__updates=41)
+    again = swept(question, folder, resume=True)
+    assert again["seconds"] < answer["seconds"] and again["shared"] and all(p["reused"] for p in again["shared"])
+    assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
+
+
+def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):
+    question = Question(
+        space={"evaluate.environment": ("ipd_ray.testing:broken_pendulum", "Pendulum-v1")}, seeds=1, finalists=0
+    )
+    kept: list[int] = []
+    for resume in (False, True):
+        answer = swept(question, tmp_path / "sweep", resume=resume)
+        assert list(answer["failed"]) == ["000-seed0"] and "the motor is gone" in answer["failed"]["000-seed0"]
+        assert answer["ranking"] == [1]
+        failed, whole = Sweep(tmp_path / "sweep").records()
+        assert (failed["state"], whole["state"]) == ("failed", "done")
+        assert "Traceback" in failed["traceback"] and "check_environment" in failed["traceback"]
+        kept.append((tmp_path / "sweep" / "trials" / "001-seed0.json").stat().st_mtime_ns)
+    assert kept[0] == kept[1]  # what is done is not done again
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "Failed trials" in page and "the motor is gone" in page
+
+
+def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(tmp_path: Path):
+    """A later trial that is worse than the first at a quarter of its updates goes no further: here the one that learns,
+    since the log is of random torques and doing nothing is better."""
+    question = Question(
+        space={"distill.learning_rate": (1e-9, 1e-3)}, seeds=1, concurrency=1, scheduler="asha", finalists=0
+    )
+    swept(question, tmp_path / "sweep", distill__updates=6000, evaluate__episodes=4)
+    first, second = Sweep(tmp_path / "sweep").records()
+    states = {r["trial"]: r["state"] for r in (first, second)}
+    assert first["state"] == "done" and len(first["rungs"]) == 3, states
+    assert second["state"] == "stopped" and second["rungs"][0][0] == 1600, states  # a log line
+    assert len(list((tmp_path / "store" / "distill").glob("*.partial"))) == 1
+    rows = [json.loads(line) for line in (next((tmp_path / "store" / "distill").glob("*.partial")) / "metrics.jsonl")
+            .read_text().splitlines()]
+    assert rows[-1]["step"] < 6000
+
+
+def test_tpe_goes_on_from_its_ledger(tmp_path: Path):
+    question = Question(
+        space={"distill.eta": Range(low=0.0, high=1.0)}, sampler="tpe", points=2, seeds=1, finalists=0
+    )
+    swept(question, tmp_path / "sweep")
+    before = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
+    answer = swept(question.model_copy(update={"points": 3}), tmp_path / "sweep", resume=True)
+    after = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
+    assert len(after) == 3 and after[:2] == before and len({s["distill.eta"] for s in after}) == 3
+    assert len(answer["ranking"]) == 3
+
+
+def test_a_killed_driver_loses_no_trial_and_the_table_is_that_of_an_undisturbed_sweep(
+    done: tuple[Path, dict[str, Any]], ray_cluster: str, tmp_path: Path
+):
+    question = tmp_path / "grid.yaml"
+    question.write_text("space: {distill.eta: [0.0, 0.5], accept.threshold: [0.3, 1000.0]}\nseeds: 1\n"
+                        "finalists: 1\nalso: [imagined]\n")
+    swept = ("distill.eta", "accept.threshold")
+    settings = [f"{name}={json.dumps(value)}" for name, value in COMMON.items() if name not in swept]
+    words = [sys.executable, "-m", "ipd_ray.cli", "tune", str(question), "--dataset", LOG, "--sweep-dir",
+             str(tmp_path / "sweep"), *settings, f"runtime.address={ray_cluster}", "runtime.engine=ray"]
+    driver = subprocess.Popen(words, start_new_session=True)
+    end = time.monotonic() + 120.0
+    ended: list[str] = []
+    while not ended and driver.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+        ended = [r["trial"] for r in Sweep(tmp_path / "sweep").records() if r["state"] == "done"]
+    assert driver.poll() is None
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert 1 <= len(ended) < 4
+    assert subprocess.run([*words, "--resume"]).returncode == 0
+    answer = json.loads((tmp_path / "sweep" / "summary.json").read_text())
+    assert [answer[k] for k in ("points", "ranking", "best")] == [done[1][k] for k in ("points", "ranking", "best")]
+    stored = Counter(a.path.parent.name for a in Store(tmp_path / "store").ls())
+    assert stored["distill"] == 4 and {step: stored[step] for step in SHARED} == dict.fromkeys(SHARED, 1)
+
+
+@pytest.mark.slow
+def test_two_workers_a_trial_find_room_and_a_trial_that_is_ended_gives_it_back(_minari: Path, tmp_path: Path):
+    """On a cluster of its own, with a dashboard: Train asks it whom a stopped trial's workers belonged to."""
+    (tmp_path / "rates.yaml").write_text(
+        "space: {distill.learning_rate: [1.0e-9, 1.0e-3, 1.0e-10]}\nseeds: 1\nscheduler: asha\nfinalists: 1\n"
+        "settings: {distill: {updates: 6000}, runtime: {workers: 2}}\n"
+    )
+    changed = ("distill.updates", "runtime.train_threads")
+    settings = [f"{name}={json.dumps(value)}" for name, value in COMMON.items() if name not in changed]
+    words = [sys.executable, "-m", "ipd_ray.cli", "tune", "rates.yaml", "--dataset", LOG, "--sweep-dir", "sweep"]
+    done = subprocess.run([*words, *settings], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    states = {r["trial"]: r["state"] for r in Sweep(tmp_path / "sweep").records()}
+    assert states["000-seed0"] == "done" and states["001-seed0"] == "stopped" and "000-seed0-fresh" in states, states
+    assert states["002-seed0"] in ("done", "stopped")
+
+
+# ---- room
+
+
+def room(
+    concurrency: int | None = None, nodes: tuple[float, ...] = (2.0,), autoscaled: bool = False, **runtime: Any
+) -> Any:
+    from ipd_ray.distributed.cluster import Cluster, Node
+    from ipd_ray.distributed.sweep import check_room
+
+    question = Question(space={"distill.eta": (0.0,)}, concurrency=concurrency)
+    base = build({"runtime.engine": "ray", **{f"runtime.{name}": value for name, value in runtime.items()}})
+    return check_room(question, base, "cpu", Cluster(tuple(Node(cpus, 0.0) for cpus in nodes), autoscaled))
+
+
+def test_a_trial_holds_the_cpus_it_uses():
+    assert (room().at_once, room().threads, room().cpu) == (2, 1, 1.0)
+    assert (room(concurrency=1).at_once, room(concurrency=1).threads, room(concurrency=1).cpu) == (1, 2, 2.0)
+    assert (room(nodes=(4.0, 4.0)).at_once, room(nodes=(4.0, 4.0), train_threads=4).at_once) == (8, 2)
+
+
+def test_a_trial_with_workers_holds_next_to_nothing_and_all_of_them_have_room():
+    found = room(nodes=(4.0,), workers=2)
+    assert (found.at_once, found.cpu) == (2, 0.01)
+    assert found.at_once * (0.01 + 2 * 0.95) <= 4.0
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"concurrency": 3}, "concurrency=3 must be at most 2: a trial takes 1 worker of 1 CPU"),
+    ({"workers": 3}, "concurrency=1 must be at most 0: a trial takes 3 workers of 1 CPU"),
+    ({"concurrency": 2, "train_threads": 2}, "concurrency=2 must be at most 1: a trial takes 1 worker of 2 CPUs"),
+    ({"nodes": (1.0, 1.0), "train_threads": 2}, "the cluster has 2 CPUs and 0 GPUs on 2 nodes"),
+])
+def test_what_would_wait_for_ever_is_refused(asked: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        room(**asked)
+
+
+def test_where_machines_may_come_nothing_is_refused():
+    assert room(concurrency=8, autoscaled=True).at_once == 8
