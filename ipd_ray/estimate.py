@@ -221,32 +221,51 @@ def _starts(config: RunConfig, sizes: Sizes) -> int:
     return min(config.select.starts, max(1, sizes.steps // config.imagine.length))
 
 
+def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
+    """Floating-point operations of one update (values, world_model, distill) or of one planned state (plan).
+
+    Of matrix products alone; a gradient costs two more passes.
+    """
+    w = _Weights.of(config, sizes)
+    if step == "values":
+        # target, forward; Q, V, behaviour, and every fourth time the return expectiles, forward and back (three times)
+        return 2.0 * config.values.batch_size * (2 * w.q * 4 + w.v * 4.25 + w.behaviour * 3 + w.returns * 0.75)
+    if step == "world_model":
+        return 6.0 * config.world_model.batch_size * (config.world_model.members * w.model + w.termination)
+    if step == "plan":
+        elites, planner = config.world_model.elites, config.planner
+        plans = elites * -(-planner.candidates // elites)
+        if planner.kind == "gradient":
+            plans = elites * (3 * planner.iterations + 1)
+        depth = 1 if planner.kind == "greedy_q" else planner.horizon
+        return 2.0 * plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
+    p, d, tokens = config.policy, config.distill, _tokens(config)
+    flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
+    return flops + (8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0)
+
+
 def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
     w = _Weights.of(config, sizes)
     if part.step == "values":
         v = config.values
-        # target, forward; Q, V, behaviour, and every fourth time the return expectiles, forward and back (three times)
-        rows = 2 * w.q * 4 + w.v * 4.25 + w.behaviour * 3 + w.returns * 0.75
         rate = speed.product(2, v.batch_size, v.width)
-        return v.updates * _update("values", 2.0 * v.batch_size * rows, rate, speed)
+        return v.updates * _update("values", operations("values", config, sizes), rate, speed)
     if part.step == "world_model":
         m = config.world_model
         rate = speed.product(m.members, m.batch_size, m.width)
-        each = _update("world_model", 6.0 * m.batch_size * (m.members * w.model + w.termination), rate, speed)
+        each = _update("world_model", operations("world_model", config, sizes), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
     if part.step == "imagine":
-        return _imagine_operations(config, sizes, w) / EFFICIENCY["imagine"] / speed.product(
-            config.world_model.elites, 4096, config.world_model.width
-        )
+        elites = config.world_model.elites
+        step = operations("plan", config, sizes) + 2.0 * elites * w.model
+        rate = EFFICIENCY["imagine"] * speed.product(elites, 4096, config.world_model.width)
+        return _starts(config, sizes) * config.imagine.length * step / rate
     if part.step == "distill":
         p, d = config.policy, config.distill
-        tokens = _tokens(config)
-        flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
-        flops += 8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
-        rate = speed.product(1, d.batch_size * tokens, p.width) * threads
-        return d.updates * _update("distill", flops, rate, speed)
+        rate = speed.product(1, d.batch_size * _tokens(config), p.width) * threads
+        return d.updates * _update("distill", operations("distill", config, sizes), rate, speed)
     if part.step == "choose":
         played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
         return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
@@ -263,16 +282,6 @@ def _tokens(config: RunConfig) -> int:
 
 def _update(step: str, flops: float, rate: float, speed: Speed) -> float:
     return flops / rate / EFFICIENCY[step] + OPERATIONS[step] * speed.operation
-
-
-def _imagine_operations(config: RunConfig, sizes: Sizes, w: _Weights) -> float:
-    elites, planner = config.world_model.elites, config.planner
-    plans = elites * -(-planner.candidates // elites)
-    if planner.kind == "gradient":  # a gradient costs two more passes
-        plans = elites * (3 * planner.iterations + 1)
-    depth = 1 if planner.kind == "greedy_q" else planner.horizon
-    plan = plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
-    return 2.0 * _starts(config, sizes) * config.imagine.length * (plan + elites * w.model)
 
 
 def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
@@ -324,4 +333,4 @@ def _log_bytes(sizes: Sizes) -> float:
     return 4.0 * sizes.steps * (2 * sizes.observation + sizes.action + 2)
 
 
-__all__ = ["estimate", "estimate_disk", "measure", "total"]
+__all__ = ["estimate", "estimate_disk", "measure", "operations", "total"]
