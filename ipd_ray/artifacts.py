@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipd_ray.config import Section
 from ipd_ray.data.transitions import digest as array_digest
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
@@ -45,7 +45,7 @@ def make_key(step: str, version: int, *, seed: int, sections: Mapping[str, Any],
     step, version: the step and its algorithm's version. sections: its config sections (models or plain values).
     upstream: keys or content hashes of all that it reads, by name.
     """
-    plain = {k: v.model_dump(mode="json") if isinstance(v, BaseModel) else v for k, v in sections.items()}
+    plain = {k: v.identity() if isinstance(v, Section) else v for k, v in sections.items()}
     identity = {"step": step, "version": version, "seed": seed, "config": plain, "upstream": dict(upstream)}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -20,10 +20,10 @@ import torch
 from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_path
-from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
+from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
-EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.6, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
 OPERATIONS = {"values": 700, "world_model": 200, "distill": 1200}
 """Small operations an update."""
@@ -224,7 +224,7 @@ def _starts(config: RunConfig, sizes: Sizes) -> int:
 def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
     """Floating-point operations of one update (values, world_model, distill) or of one planned state (plan).
 
-    Of matrix products alone; a gradient costs two more passes.
+    Of matrix products alone; a gradient to weights and inputs costs two more passes.
     """
     w = _Weights.of(config, sizes)
     if step == "values":
@@ -235,10 +235,13 @@ def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "plan":
         elites, planner = config.world_model.elites, config.planner
         plans = elites * -(-planner.candidates // elites)
-        if planner.kind == "gradient":
-            plans = elites * (3 * planner.iterations + 1)
-        depth = 1 if planner.kind == "greedy_q" else planner.horizon
-        return 2.0 * plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
+        if planner.kind == "greedy_q":
+            return 2.0 * (w.behaviour + 2 * plans * w.q)
+        if planner.kind == "gradient":  # to the actions alone: one more pass
+            plans = elites * (2 * planner.iterations + 1)
+        mean = w.model - config.world_model.width * (sizes.observation + 1)  # the variance is not asked for
+        depth = planner.horizon
+        return 2.0 * (w.behaviour + plans * (depth * (mean + w.termination) + (depth - 1) * w.behaviour + w.v))
     p, d, tokens = config.policy, config.distill, _tokens(config)
     flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
     return flops + (8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0)
@@ -259,7 +262,7 @@ def _seconds(part: Part, config: RunConfig, sizes: Sizes, speed: Speed) -> float
     if part.step == "imagine":
         elites = config.world_model.elites
         step = operations("plan", config, sizes) + 2.0 * elites * w.model
-        rate = EFFICIENCY["imagine"] * speed.product(elites, 4096, config.world_model.width)
+        rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
         return _starts(config, sizes) * config.imagine.length * step / rate
     if part.step == "distill":
         p, d = config.policy, config.distill
@@ -300,7 +303,7 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
             rows = min(config.imagine.shard_size * elites, GRADIENT_ROWS)
             return log + 4.0 * rows * planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
         rows = config.imagine.shard_size * elites * -(-planner.candidates // elites)
-        return log + 4.0 * (rows * a * planner.horizon + min(rows, ROWS) * (3 * o + 4 * width))
+        return log + 4.0 * (rows * a * planner.horizon + min(rows, CACHED_ROWS) * (3 * o + 4 * width))
     if step == "distill":
         p, d = config.policy, config.distill
         tokens = _tokens(config)

@@ -8,6 +8,9 @@
 Contestants take turns (contest.py), each in a process and with threads of its own; what is missing here is skipped, and
 said. Results lie in results/<machine>.json, one a machine; each stage holds all samples, its commit and the load of the
 machine when it began. `make bench` measures all and writes docs/performance.md.
+
+What one thread computes is counted in processor seconds, which leave out the time that others had the core; all else,
+reading, several threads and GPUs, in seconds of the wall's clock. Both are in the samples.
 """
 
 from __future__ import annotations
@@ -94,7 +97,7 @@ class Bench:
 
     def race(self, stage: Stage) -> dict[str, Any]:
         """Let a stage's contestants take turns; return the samples and what is known of each."""
-        extra = self.dataset(MILLION) if stage.needs == "dataset" else {}
+        extra = self.dataset(MILLION) if stage.reads else {}
         missing: dict[str, str] = {}
         with ExitStack() as stack:
             there: list[Contestant] = []
@@ -109,7 +112,11 @@ class Bench:
             turns = interleave(there, self.turns, self.seconds)
             about = {c.name: c.about for c in there}
         samples = {name: [asdict(turn) for turn in of_one] for name, of_one in turns.items()}
-        return {"samples": samples, "about": about, "missing": missing, "threads": self.threads}
+        alone = self.device == "cpu" and self.threads == 1 and not stage.reads
+        return {
+            "samples": samples, "about": about, "missing": missing, "threads": self.threads,
+            "clock": "cpu" if alone else "seconds",
+        }  # fmt: skip
 
     def contestant(self, entry: Entry, extra: dict[str, Any]) -> Contestant:
         python = PYTHONS[entry.script]

@@ -41,8 +41,8 @@ class Row:
 
 
 def rates(stage: Mapping[str, Any], name: str) -> list[float]:
-    """Items a second of a contestant's turns."""
-    return [turn["items"] / turn["seconds"] for turn in stage["samples"].get(name, [])]
+    """Items a second, by the stage's clock, of a contestant's turns."""
+    return [turn["items"] / turn[stage["clock"]] for turn in stage["samples"].get(name, [])]
 
 
 def limit_share(stage: Mapping[str, Any], name: str, product: str) -> float | None:

@@ -53,8 +53,8 @@ class Stage:
     goals: tuple[Goal, ...]
     limits: Mapping[str, str] = field(default_factory=dict)
     """Which product each of ours is bounded by: names of entries."""
-    needs: str | None = None
-    """`dataset`: a Minari dataset of a million steps is made first."""
+    reads: bool = False
+    """A Minari dataset of a million steps, which is made first; waiting for the disk counts."""
     share: tuple[float, float] | None = None
     """Share of the limit that is to be reached, on a CPU and on a GPU."""
 
@@ -170,7 +170,7 @@ STAGES = (
             Goal("first time", "ipd_ray, first time", "Minari's iteration", 2.0, None),
             Goal("after", "ipd_ray, after", "Minari's iteration", 20.0, None),
         ),
-        needs="dataset",
+        reads=True,
     ),
 )  # fmt: skip
 """In the order of the table; `start` and `memory`, which are no races, come after them (bench.py)."""

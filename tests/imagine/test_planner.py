@@ -211,7 +211,7 @@ def test_states_planned_in_pieces_get_the_same_plans(kind: str, monkeypatch: pyt
     config = {"at": at, "horizon": 3, "candidates": 16, "temperature": 0.3, "kind": kind, "disagreement_penalty": 0.1}
     whole = decide(Line(nearness_to(0.3)), values, **config)
     for rows in (1, 16, 48):  # 1, 1 and 3 states at a time
-        monkeypatch.setattr(planner, "ROWS", rows)
+        monkeypatch.setattr(planner, "CACHED_ROWS", rows)
         monkeypatch.setattr(planner, "GRADIENT_ROWS", rows)
         pieces = decide(Line(nearness_to(0.3)), values, **config)
         assert torch.allclose(whole.action, pieces.action, atol=1e-6)
