@@ -31,7 +31,7 @@ from ipd_ray.artifacts import (
     stripped,
     tensor_digest,
 )
-from ipd_ray.config import RunConfig, ValuesConfig, load
+from ipd_ray.config import PlannerConfig, RunConfig, ValuesConfig, load
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
@@ -70,6 +70,7 @@ POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
         ("values.width=8", {"values", "imagine", *POLICIES}),
         ("world_model.width=8", {"world_model", "imagine", "distill", "choose", "evaluate"}),
         ("planner.horizon=3", {"imagine", "distill", "choose", "evaluate"}),
+        ("planner.precision=bfloat16", {"imagine", "distill", "choose", "evaluate"}),
         ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
         ("distill.eta=0.1", POLICIES),
         ("choose.noise_std=0.2", {"choose", "evaluate"}),
@@ -83,6 +84,13 @@ POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
 def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, changed: set[str]):
     before, after = keys_of(load()), keys_of(load(overrides=[word]))
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_a_field_that_came_later_leaves_keys_as_they_were():
+    before = {n: v for n, v in PlannerConfig().model_dump(mode="json").items() if n != "precision"}
+    assert key(sections={"planner": PlannerConfig()}) == key(sections={"planner": before})
+    bfloat16 = {"planner": PlannerConfig(precision="bfloat16")}
+    assert key(sections=bfloat16) == key(sections={"planner": {**before, "precision": "bfloat16"}})
 
 
 def test_another_log_makes_everything_anew():

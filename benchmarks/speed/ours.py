@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from contest import Missing, Work, serve
-from logs import made_up
+from logs import ACTION, made_up
 from torch import Tensor, nn
 
 from ipd_ray.config import (
@@ -207,11 +207,25 @@ def _planning(options: Mapping[str, Any]) -> tuple[Log, RunConfig, Any, Any, Ten
     return log, config, values_of(log, config.values, device), world_model_of(log, world, device), states.to(device)
 
 
+class _NoValues:
+    """In place of values: plans begin with no action and end in nothing, as mbrl-lib's do."""
+
+    def act(self, observation: Tensor) -> Tensor:
+        return observation.new_zeros(*observation.shape[:-1], ACTION)
+
+    def v(self, observation: Tensor) -> Tensor:
+        return observation.new_zeros(observation.shape[:-1])
+
+    def q(self, observation: Tensor, action: Tensor) -> Tensor:
+        return observation.new_zeros(2, *observation.shape[:-1])
+
+
 def plan(options: Mapping[str, Any]) -> Work:
-    """Step 4's plans for a shard of states; `shipped`: with the preset's planner."""
+    """Step 4's plans for a shard of states; `shipped`: with the preset's planner; `plain`: without values."""
     from ipd_ray.imagine.planner import plan as decide
 
     log, config, values, model, states = _planning(options)
+    values = _NoValues() if options.get("plain") else values
 
     def run(units: int) -> float:
         for number in range(units):
@@ -220,7 +234,7 @@ def plan(options: Mapping[str, Any]) -> Work:
         synchronise(options["device"])
         return units * len(states)
 
-    return Work(run, {"flops": operations("plan", config, sizes_of(log)), "states": len(states)})
+    return Work(run, {} if options.get("plain") else {"flops": operations("plan", config, sizes_of(log))})
 
 
 def plan_one(options: Mapping[str, Any]) -> Work:

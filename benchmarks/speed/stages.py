@@ -66,6 +66,8 @@ def _product(name: str, groups: int, rows: int, width: int, dtype: str = "float3
 _MPC = {"members": 7, "candidates": 256, "horizon": 5}
 _ONE = "MPPI, one state at a time (ours)"
 _MBRL = "mbrl-lib"
+_PLAIN = "ipd_ray, no policy, no value"
+_LESS = "mbrl-lib's MPPI (no policy, no value: 0.6 of the operations)"
 _LOOP = "7 models in a loop (ours)"
 
 
@@ -131,15 +133,17 @@ STAGES = (
         (
             Entry("ipd_ray", "ours.py", "plan", _MPC),
             Entry("ipd_ray, bfloat16", "ours.py", "plan", {**_MPC, "planner": {"precision": "bfloat16"}}),
+            Entry(_PLAIN, "ours.py", "plan", {**_MPC, "plain": True}),
             Entry(_ONE, "ours.py", "plan_one", _MPC),
-            Entry(_MBRL, "mbrl_peer.py", "plan", _MPC),
+            Entry(_LESS, "mbrl_peer.py", "plan", _MPC),
             _product("product", 7, 512, 200),
             _product("product, bfloat16", 7, 512, 200, "bfloat16"),
         ),
         (
             Goal("float32", "ipd_ray", _ONE, 1.1, 10.0),
             Goal("bfloat16", "ipd_ray, bfloat16", _ONE, 1.8, 10.0),
-            Goal("float32", "ipd_ray", _MBRL, 1.1, 10.0),
+            Goal("float32, without policy and value", _PLAIN, _LESS, 1.1, 10.0),
+            Goal("bfloat16", "ipd_ray, bfloat16", _LESS, None, None),
         ),
         {"ipd_ray": "product", "ipd_ray, bfloat16": "product, bfloat16"},
         share=(0.6, 0.4),
@@ -149,10 +153,10 @@ STAGES = (
         (
             Entry("ipd_ray", "ours.py", "plan", {"shipped": True}),
             Entry(_ONE, "ours.py", "plan_one", _MPC),
-            Entry(_MBRL, "mbrl_peer.py", "plan", _MPC),
+            Entry(_LESS, "mbrl_peer.py", "plan", _MPC),
             _product("product", 5, 250, 200),
         ),
-        (Goal("", "ipd_ray", _ONE, 5.0, 50.0), Goal("", "ipd_ray", _MBRL, 5.0, 50.0)),
+        (Goal("", "ipd_ray", _ONE, 5.0, 50.0), Goal("", "ipd_ray", _LESS, None, None)),
         {"ipd_ray": "product"},
     ),
     _distillation(3, 128, 1.2),
