@@ -34,6 +34,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import page
 import torch
 from contest import Contestant, Missing, interleave
 from stages import HERE, PYTHONS, ROOT, STAGES, Entry, Stage
@@ -125,8 +126,8 @@ class Bench:
             said = json.dumps({"missing": f"{environment} is not there: `make peers` makes it"})
             return Contestant(entry.name, [sys.executable, "-c", f"print({said!r})"])
         options = {"device": self.device, "threads": self.threads, **entry.options, **extra}
-        return Contestant(entry.name, [str(python), str(HERE / entry.script), entry.work, json.dumps(options)],
-                          {"OMP_NUM_THREADS": str(self.threads), "MUJOCO_GL": "disable"})  # fmt: skip
+        command = [str(python), str(HERE / entry.script), entry.work, json.dumps(options)]
+        return Contestant(entry.name, command, {"OMP_NUM_THREADS": str(self.threads), "MUJOCO_GL": "disable"})
 
     def dataset(self, steps: int) -> dict[str, Any]:
         """Have a Minari dataset of so many steps; return what contestants need to find it."""
@@ -148,8 +149,10 @@ class Bench:
             "choose.without_imagination=false", f"runtime.device={self.device}",
         ]  # fmt: skip
         run = self.folder / "start"
-        command = [sys.executable, "-m", "ipd_ray.cli", "distill", self.dataset(10_000)["dataset"], "--preset", "gym-small",
-                   "--run-dir", str(run)]  # fmt: skip
+        command = [
+            sys.executable, "-m", "ipd_ray.cli", "distill", self.dataset(10_000)["dataset"], "--preset", "gym-small",
+            "--run-dir", str(run),
+        ]  # fmt: skip
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": self.environment()}
         subprocess.run([*command, *small], check=True, **quiet)
         found: dict[str, list[float]] = {"ipd_ray, local engine": [], "ipd_ray, ray engine": [], "bare Ray": []}
@@ -186,8 +189,9 @@ class Bench:
         for steps in SIZES:
             dataset = self.dataset(steps)["dataset"]
             for step in STEPS:
-                command = [sys.executable, str(HERE / "footprint.py"), step, dataset, str(self.folder / f"m{steps}" / "run")]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=self.environment())
+                script, run = str(HERE / "footprint.py"), str(self.folder / f"memory-{steps}" / "run")
+                done = subprocess.run([sys.executable, script, step, dataset, run], check=True, stdout=subprocess.PIPE,
+                                      text=True, env=self.environment())  # fmt: skip
                 found.setdefault(step, {})[str(steps)] = json.loads(done.stdout.splitlines()[-1])
             say(f"  {steps:,} steps: " + ", ".join(
                 f"{s} {found[s][str(steps)]['worker'] / 1e9:.2f} GB" for s in STEPS))  # fmt: skip
@@ -216,8 +220,7 @@ def scratch() -> Iterator[Path]:
 
 def measure(bench: Bench, names: Sequence[str], path: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Measure these stages; the file is written after each, so that a run that was cut short loses one at most."""
-    content = read(path) if path.exists() else {"schema": SCHEMA, "stages": {}}
-    content["machine"] = about
+    content: dict[str, Any] = {}
     races = {stage.name: stage for stage in STAGES}
     work: dict[str, Callable[[], dict[str, Any]]] = {"start": bench.start, "memory": bench.memory}
     if "curves" in names:
@@ -228,6 +231,8 @@ def measure(bench: Bench, names: Sequence[str], path: Path, about: dict[str, Any
         say(f"{name}{': ' + races[name].title if name in races else ''}")
         load, began = os.getloadavg()[0], time.perf_counter()
         found = bench.race(races[name]) if name in races else work[name]()
+        content = read(path) if path.exists() else {"schema": SCHEMA, "stages": {}}
+        content["machine"] = about
         content["stages"][name] = {
             **found, "load": round(load, 2), "took": round(time.perf_counter() - began, 1), "commit": commit(),
             "versions": versions(), "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -240,7 +245,7 @@ def read(path: Path) -> dict[str, Any]:
     """Read a machine's results. Raises ValueError for an unknown schema."""
     content = json.loads(path.read_text())
     if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {content.get('schema')!r}, this code reads {SCHEMA}: remove it, run again.")
+        raise ValueError(f"{path} has schema {content.get('schema')!r}, this code reads {SCHEMA}: remove it.")
     return dict(content)
 
 
@@ -254,9 +259,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     everything = [*(s.name for s in STAGES), "start", "memory"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", help=f"comma-separated, of {', '.join([*everything, 'curves'])}; all: all but curves")
+    parser.add_argument("--stages", help=f"comma-separated: {', '.join([*everything, 'curves'])}; all: all but curves")
     parser.add_argument("--curves", action="store_true", help="also measure how time and memory grow")
-    parser.add_argument("--write", action="store_true", help="write docs/performance.md and its plots; alone: only that")
+    parser.add_argument("--write", action="store_true", help="write docs/performance.md and plots; alone: only that")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="of every contestant, as runtime.threads")
     parser.add_argument("--turns", type=int, default=7, help="of each contestant")
@@ -270,8 +275,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if names == ["all"]:
         names = list(everything)
     names += ["curves"] if options.curves and "curves" not in names else []
-    import page
-
     about = machine(options.device)
     path = result_path(about)
     if names:

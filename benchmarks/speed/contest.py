@@ -133,7 +133,8 @@ class Contestant:
         if not line:
             code = self._process.wait()
             self._printed.seek(0)
-            raise RuntimeError(f"{self.name} died (exit code {code}):\n{self._printed.read().decode(errors='replace')[-4000:]}")
+            printed = self._printed.read().decode(errors="replace")[-4000:]
+            raise RuntimeError(f"{self.name} died (exit code {code}):\n{printed}")
         return dict(json.loads(line))
 
 

@@ -96,4 +96,5 @@ def _parallel(bench: Bench) -> dict[str, Any]:
 def _say(name: str, points: Mapping[str, Any]) -> None:
     from bench import say
 
-    say(f"  {name}: " + ", ".join(f"{x:g} {s * 1e3:.3g} ms" for x, s in zip(points["x"], points["seconds"], strict=True)))
+    pairs = zip(points["x"], points["seconds"], strict=True)
+    say(f"  {name}: " + ", ".join(f"{x:g} {1e3 * seconds:.3g} ms" for x, seconds in pairs))

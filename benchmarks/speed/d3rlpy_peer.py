@@ -100,7 +100,8 @@ def dt(options: Mapping[str, Any]) -> Work:
     peer = peers.peer_of("dt", data, 1_000_000)
     config = dataclasses.replace(
         peer.config, num_layers=options["layers"], num_heads=options["heads"], context_size=options["context"],
-        batch_size=options["batch"], encoder_factory=VectorEncoderFactory([options["width"]], exclude_last_activation=True),
+        batch_size=options["batch"],
+        encoder_factory=VectorEncoderFactory([options["width"]], exclude_last_activation=True),
     )  # fmt: skip
     algo = config.create(device=options["device"])
     build_scalers_with_trajectory_slicer(algo, log)

@@ -203,8 +203,9 @@ def _planning(options: Mapping[str, Any]) -> tuple[Log, RunConfig, Any, Any, Ten
         world = WorldModelConfig(members=max(2, members), elites=max(2, members), termination="never")
         config = RunConfig(planner=planner, world_model=world)
     log, device = log_of(10_000), options["device"]
-    states = torch.from_numpy(log.transitions.observation[:: len(log.transitions) // options.get("states", 250)])
-    return log, config, values_of(log, config.values, device), world_model_of(log, world, device), states.to(device)
+    count = options.get("states", 250)
+    states = torch.from_numpy(log.transitions.observation[:: len(log.transitions) // count][:count]).to(device)
+    return log, config, values_of(log, config.values, device), world_model_of(log, world, device), states
 
 
 class _NoValues:
