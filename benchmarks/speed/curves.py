@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         _say(name, found[name])
     found["dataset size"] = _loading(bench)
     _say("dataset size", found["dataset size"])
-    for name, points in _parallel(bench).items():
+    for name, points in _parallel(bench):
         found[name] = points
         _say(name, points)
     return {"curves": found}
@@ -74,12 +74,11 @@ def _loading(bench: Bench) -> dict[str, Any]:
     return points
 
 
-def _parallel(bench: Bench) -> dict[str, Any]:
+def _parallel(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
     """Seconds of an imagined step by actors, and of a distilled window by Ray Train workers, as a run takes them."""
     from bench import installed, say
 
     counts = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
-    found: dict[str, Any] = {}
     dataset = bench.dataset(10_000)["dataset"]
     kinds = [("actors", "local"), *((kind, "ray") for kind in ("actors", "workers") if installed("ray"))]
     if len(kinds) == 1:
@@ -89,8 +88,7 @@ def _parallel(bench: Bench) -> dict[str, Any]:
                    ",".join(map(str, counts))]  # fmt: skip
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=bench.environment())
         seconds = [float(x) for x in done.stdout.splitlines()[-1].split()]
-        found[f"{kind}, {engine} engine"] = {"x": counts, "seconds": seconds}
-    return found
+        yield f"{kind}, {engine} engine", {"x": counts, "seconds": seconds}
 
 
 def _say(name: str, points: Mapping[str, Any]) -> None:

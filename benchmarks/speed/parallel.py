@@ -54,7 +54,7 @@ def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def main(kind: str, engine: str, dataset: str, folder: str, counts: str) -> None:
-    """Another `seed` of a section's own would redo what lies before it, so a number that hardly matters varies."""
+    """Each count needs a key of its own, so a number that hardly matters varies."""
     small = changed(settings(), imagine={"shard_size": SHARD}, select={"starts": SHARD * SHARDS})
     run(dataset, small, run_dir=f"{folder}/run", until="imagine")  # what all share
     found = []
