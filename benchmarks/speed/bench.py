@@ -1,8 +1,8 @@
 """How fast this project is: beside peers that nobody here wrote, and beside what the hardware allows.
 
-    python benchmarks/speed/bench.py                          # everything: about ten minutes on two cores
+    python benchmarks/speed/bench.py                          # everything but the curves
     python benchmarks/speed/bench.py --stages values,planning # these anew, the rest as measured before
-    python benchmarks/speed/bench.py --curves                 # how time and memory grow: some minutes
+    python benchmarks/speed/bench.py --curves                 # how time and memory grow
     python benchmarks/speed/bench.py --write                  # nothing measured: docs/performance.md drawn again
 
 Contestants take turns (contest.py), each in a process and with threads of its own; what is missing here is skipped, and
