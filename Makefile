@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check check-all peers clean
+.PHONY: help demo test check check-all bench peers clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +30,10 @@ check-all: export WANDB_MODE := offline
 check-all: check ## Everything in check, and all tests with the slow ones
 	$(BIN)/python -m pytest -q -m ""
 
-peers: .venv-peers/.installed ## Make the environment of the libraries that benchmarks/scores compares with
+bench: $(VENV)/.installed-dev ## Measure speed beside peers (`make peers` first) and the hardware, write docs/performance.md
+	$(BIN)/python benchmarks/speed/bench.py --stages all --curves --write
+
+peers: .venv-peers/.installed .venv-mbrl/.installed ## Make the environments of the libraries that benchmarks compare with
 
 clean: ## Remove build products and caches; runs, stores and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
@@ -53,4 +56,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@test -x .venv-peers/bin/pip || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/scores/peers-constraints.txt \
 		torch d3rlpy 'gymnasium[classic-control,mujoco]'
+	@touch $@
+
+# Of its own, since it pins Hydra to a version that Python 3.11 cannot import; what it needs of newer Hydra is the same.
+.venv-mbrl/.installed: benchmarks/speed/mbrl-constraints.txt
+	@test -x .venv-mbrl/bin/pip || $(PYTHON) -m venv .venv-mbrl
+	@.venv-mbrl/bin/python -m pip install -q --disable-pip-version-check -c benchmarks/speed/mbrl-constraints.txt \
+		torch numpy gymnasium hydra-core tqdm termcolor matplotlib
+	@.venv-mbrl/bin/python -m pip install -q --disable-pip-version-check --no-deps mbrl==0.2.0
 	@touch $@

@@ -178,6 +178,9 @@ class PlannerConfig(Section):
     disagreement_penalty: NonNegativeFloat = 0.0
     """Multiple of the std over the elites that is taken off a score: of the whole plan's (gradient) or of the value of
     its first step (mpc)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the matrix products inside a plan. bfloat16 is nearly twice as fast where the hardware knows it, and rounds
+    each factor to 3 digits; imagined steps themselves are float32."""
 
 
 class ImagineConfig(Section):

@@ -20,10 +20,10 @@ import torch
 from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_path
-from ipd_ray.imagine.planner import GRADIENT_ROWS, ROWS
+from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
-EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.4, "distill": 0.4}
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.6, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
 OPERATIONS = {"values": 700, "world_model": 200, "distill": 1200}
 """Small operations an update."""
@@ -239,32 +239,54 @@ def _starts(config: RunConfig, sizes: Sizes) -> int:
     return min(config.select.starts, max(1, sizes.steps // config.imagine.length))
 
 
+def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
+    """Floating-point operations of one update (values, world_model, distill) or of one planned state (plan).
+
+    Of matrix products alone; a gradient to weights and inputs costs two more passes.
+    """
+    w = _Weights.of(config, sizes)
+    if step == "values":
+        # target, forward; Q, V, behaviour, and every fourth time the return expectiles, forward and back (three times)
+        return 2.0 * config.values.batch_size * (2 * w.q * 4 + w.v * 4.25 + w.behaviour * 3 + w.returns * 0.75)
+    if step == "world_model":
+        return 6.0 * config.world_model.batch_size * (config.world_model.members * w.model + w.termination)
+    if step == "plan":
+        elites, planner = config.world_model.elites, config.planner
+        plans = elites * -(-planner.candidates // elites)
+        if planner.kind == "greedy_q":
+            return 2.0 * (w.behaviour + 2 * plans * w.q)
+        if planner.kind == "gradient":  # to the actions alone: one more pass
+            plans = elites * (2 * planner.iterations + 1)
+        mean = w.model - config.world_model.width * (sizes.observation + 1)  # the variance is not asked for
+        depth = planner.horizon
+        return 2.0 * (w.behaviour + plans * (depth * (mean + w.termination) + (depth - 1) * w.behaviour + w.v))
+    p, d, tokens = config.policy, config.distill, _tokens(config)
+    flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
+    return flops + (8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0)
+
+
 def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
     w = _Weights.of(config, sizes)
     if step == "values":
         v = config.values
-        # target, forward; Q, V, behaviour, and every fourth time the return expectiles, forward and back (three times)
-        rows = 2 * w.q * 4 + w.v * 4.25 + w.behaviour * 3 + w.returns * 0.75
         rate = speed.product(2, v.batch_size, v.width)
-        return v.updates * _update("values", 2.0 * v.batch_size * rows, rate, speed)
+        return v.updates * _update("values", operations("values", config, sizes), rate, speed)
     if step == "world_model":
         m = config.world_model
         rate = speed.product(m.members, m.batch_size, m.width)
-        each = _update("world_model", 6.0 * m.batch_size * (m.members * w.model + w.termination), rate, speed)
+        each = _update("world_model", operations("world_model", config, sizes), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
     if step == "imagine":
-        return _imagine_operations(config, sizes, w) / EFFICIENCY["imagine"] / speed.product(
-            config.world_model.elites, 4096, config.world_model.width
-        )
+        elites = config.world_model.elites
+        planned = operations("plan", config, sizes) + 2.0 * elites * w.model
+        rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
+        return _starts(config, sizes) * config.imagine.length * planned / rate
     if step == "distill":
         p, d = config.policy, config.distill
-        tokens = _tokens(config)
-        flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
-        flops += 8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
-        rate = speed.product(1, d.batch_size * tokens, p.width) * threads
-        return d.updates * _update("distill", flops, rate, speed)
+        rate = speed.product(1, d.batch_size * _tokens(config), p.width) * threads
+        return d.updates * _update("distill", operations("distill", config, sizes), rate, speed)
     if step == "choose":
         played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
         return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
@@ -287,16 +309,6 @@ def _update(step: str, flops: float, rate: float, speed: Speed) -> float:
     return flops / rate / EFFICIENCY[step] + OPERATIONS[step] * speed.operation
 
 
-def _imagine_operations(config: RunConfig, sizes: Sizes, w: _Weights) -> float:
-    elites, planner = config.world_model.elites, config.planner
-    plans = elites * -(-planner.candidates // elites)
-    if planner.kind == "gradient":  # a gradient costs two more passes
-        plans = elites * (3 * planner.iterations + 1)
-    depth = 1 if planner.kind == "greedy_q" else planner.horizon
-    plan = plans * (depth * (w.model + w.behaviour + w.termination) + w.v)
-    return 2.0 * _starts(config, sizes) * config.imagine.length * (plan + elites * w.model)
-
-
 def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     """Peak bytes of one worker: the process, the log, tables or activations."""
     o, a, steps = sizes.observation, sizes.action, sizes.steps
@@ -313,7 +325,7 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
             rows = min(config.imagine.shard_size * elites, GRADIENT_ROWS)
             return log + 4.0 * rows * planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
         rows = config.imagine.shard_size * elites * -(-planner.candidates // elites)
-        return log + 4.0 * (rows * a * planner.horizon + min(rows, ROWS) * (3 * o + 4 * width))
+        return log + 4.0 * (rows * a * planner.horizon + min(rows, CACHED_ROWS) * (3 * o + 4 * width))
     if step == "distill":
         p, d = config.policy, config.distill
         tokens = _tokens(config)
@@ -361,4 +373,4 @@ def _log_bytes(sizes: Sizes) -> float:
     return 4.0 * sizes.steps * (2 * sizes.observation + sizes.action + 2)
 
 
-__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "total", "work_seconds"]
+__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "operations", "total", "work_seconds"]

@@ -70,6 +70,7 @@ POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
         ("values.width=8", {"values", "imagine", *POLICIES}),
         ("world_model.width=8", {"world_model", "imagine", "distill", "choose", "evaluate"}),
         ("planner.horizon=3", {"imagine", "distill", "choose", "evaluate"}),
+        ("planner.precision=bfloat16", {"imagine", "distill", "choose", "evaluate"}),
         ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
         ("distill.eta=0.1", POLICIES),
         ("choose.noise_std=0.2", {"choose", "evaluate"}),

@@ -44,9 +44,9 @@ class Plan:
 
 
 ROWS = 1 << 17
-"""Rows that are simulated at once: bounds memory. A constant, since results must not depend on the machine's."""
-
-
+"""Rows that are simulated at once: bounds memory. Constants, since results must not depend on the machine's."""
+CACHED_ROWS = 1 << 12
+"""The same on a CPU, where activations that fit the cache are worth twice the speed."""
 GRADIENT_ROWS = 1 << 12
 """The same where a whole plan's gradient is kept."""
 _CLIMB = 0.3
@@ -75,28 +75,39 @@ def plan(
     ended before.
     The action is the average of the candidates' first actions, weighted by softmax(standardised score / temperature)
     (MPPI). The first candidate of each elite carries no noise.
+    precision=bfloat16: matrix products take bfloat16; states and scores stay float32.
     """
-    if config.kind == "gradient":
-        chunk = max(1, GRADIENT_ROWS // dynamics.elites)
-        plans = [_gradient(part, dynamics, values, config, discount) for part in observation_BO.split(chunk)]
-        return _joined(plans)
+    with torch.autocast(observation_BO.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        if config.kind == "gradient":
+            chunk = max(1, GRADIENT_ROWS // dynamics.elites)
+            plans = [_gradient(part, dynamics, values, config, discount) for part in observation_BO.split(chunk)]
+        else:
+            plans = _sampled(observation_BO, dynamics, values, config, discount, generator)
+    return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
+
+
+def _sampled(
+    observation_BO: Tensor,
+    dynamics: Dynamics,
+    values: Values,
+    config: PlannerConfig,
+    discount: float,
+    generator: torch.Generator,
+) -> list[Plan]:
+    """Plans of mpc and greedy_q, chunk by chunk; the noise does not depend on the chunks."""
     R = candidates_per_elite(config, dynamics.elites)
     depth = config.horizon if config.kind == "mpc" else 1
     B, device = len(observation_BO), observation_BO.device
     action_dim = values.act(observation_BO[:1]).shape[-1]
     noise = torch.randn((depth, dynamics.elites, B, R, action_dim), generator=generator).to(device) * config.noise_std
     noise[:, :, :, 0] = 0.0
-    chunk = max(1, ROWS // (dynamics.elites * R))
+    chunk = max(1, (CACHED_ROWS if device.type == "cpu" else ROWS) // (dynamics.elites * R))
     plans = []
     for begin in range(0, B, chunk):
         part = slice(begin, begin + chunk)
         decide = _mpc if config.kind == "mpc" else _greedy_q
         plans.append(decide(observation_BO[part], noise[:, :, part], dynamics, values, config, discount))
-    return _joined(plans)
-
-
-def _joined(plans: list[Plan]) -> Plan:
-    return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
+    return plans
 
 
 def _gradient(
@@ -109,10 +120,11 @@ def _gradient(
     having ended before. x climbs by steps of one size along the gradient, each state by itself. Without noise, plans
     are a function of the state, which a policy can learn.
     """
-    B, E, A = len(observation_BO), dynamics.elites, values.act(observation_BO[:1]).shape[-1]
-    x_HBA = observation_BO.new_zeros(config.horizon, B, A)
+    B, E = len(observation_BO), dynamics.elites
+    first_BA = values.act(observation_BO)
+    x_HBA = observation_BO.new_zeros(config.horizon, *first_BA.shape)
     scores = []
-    action = observation_BO.new_zeros(B, A)
+    action = first_BA
     for i in range(config.iterations + 1):
         with torch.enable_grad():
             x_HBA.requires_grad_(i < config.iterations)
@@ -120,9 +132,10 @@ def _gradient(
             score = observation_BO.new_zeros(E, B)
             alive = torch.ones_like(score)
             for h in range(config.horizon):
-                act = (values.act(state) + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
+                base = values.act(state) if h else first_BA
+                act = (base + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
                 if h == 0:
-                    action = act[0].detach()
+                    action, act = act.detach(), act.expand(E, -1, -1)
                 state, reward, ended = dynamics.step(state, act)
                 score = score + discount**h * alive * reward
                 alive = alive * (1.0 - ended)
@@ -153,11 +166,10 @@ def _mpc(
     state = observation_BO[None, :, None].expand(E, B, R, -1).reshape(E, B * R, -1)
     score = torch.zeros(E, B * R, device=state.device)
     alive = torch.ones_like(score)
-    first = state.new_empty(0)
+    # All candidates of a state begin with one action of the behaviour policy's.
+    first = (values.act(observation_BO)[:, None] + noise_HEBRA[0]).clamp(-1.0, 1.0).reshape(E, B * R, A)
     for h in range(H):
-        action = (values.act(state) + noise_HEBRA[h].reshape(E, B * R, A)).clamp(-1.0, 1.0)
-        if h == 0:
-            first = action
+        action = first if h == 0 else (values.act(state) + noise_HEBRA[h].reshape(E, B * R, A)).clamp(-1.0, 1.0)
         state, reward, ended = dynamics.step(state, action)
         score += discount**h * alive * reward
         alive = alive * (1.0 - ended)

@@ -48,6 +48,12 @@ class Ensemble(nn.Module):
         """Return observations in units of the log's spread."""
         return (observation - self.observation_mean) / self.observation_std
 
+    def means(self, inputs_MBI: Tensor) -> Tensor:
+        """Mean (M, B, D) in normalised units, of normalised inputs: `heads` without the variance."""
+        D = self.observation_dim + 1
+        out = self.net.out
+        return torch.baddbmm(out.bias[..., :D], self.net.features(inputs_MBI), out.weight[..., :D])
+
     def heads(self, inputs_MBI: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (M, B, D) in normalised units, of normalised inputs."""
         mean, raw = self.net(inputs_MBI).chunk(2, -1)
@@ -77,7 +83,7 @@ class WorldModel(nn.Module):
 
         Returns next observation (E, B, O), transformed reward (E, B), termination probability (E, B).
         """
-        mean, _ = self._heads(observation_EBO, action_EBA)
+        mean = self.ensemble.means(self._inputs(observation_EBO, action_EBA))
         following, reward = self._decode(observation_EBO, mean)
         rows = (-1, observation_EBO.shape[-1])
         ended = self.ended(observation_EBO.reshape(rows), following.reshape(rows)).reshape(reward.shape)
@@ -91,9 +97,7 @@ class WorldModel(nn.Module):
         Returns next observation (B, O), reward (B,), termination probability (B,), and the elites' normalised means
         and log-variances (E, B, D), for the uncertainty.
         """
-        mean, log_variance = self._heads(
-            observation_BO.expand(self.elites, -1, -1), action_BA.expand(self.elites, -1, -1)
-        )
+        mean, log_variance = self.ensemble.heads(self._inputs(observation_BO, action_BA).expand(self.elites, -1, -1))
         following, reward = self._decode(observation_BO, mean)
         together = following.mean(0)
         return together, reward.mean(0), self.ended(observation_BO, together), (mean, log_variance)
@@ -111,8 +115,8 @@ class WorldModel(nn.Module):
         e = self.ensemble
         return torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
 
-    def _heads(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ensemble.heads(torch.cat([self.ensemble.normalise(observation), action], -1))
+    def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([self.ensemble.normalise(observation), action], -1)
 
     def _decode(self, observation: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         change = mean * self.ensemble.target_std + self.ensemble.target_mean

@@ -1,8 +1,8 @@
-"""Makes the scripts of benchmarks/scores importable by their names."""
+"""Makes the scripts of benchmarks/scores and benchmarks/speed importable by their names."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "scores"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / "benchmarks" / name) for name in ("scores", "speed")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_fixtures import KnownValues, Line
+from method_fixtures import KnownValues, Line, learned_pendulum
 from torch import Tensor
 
 from ipd_ray.config import PlannerConfig
@@ -211,11 +211,63 @@ def test_states_planned_in_pieces_get_the_same_plans(kind: str, monkeypatch: pyt
     config = {"at": at, "horizon": 3, "candidates": 16, "temperature": 0.3, "kind": kind, "disagreement_penalty": 0.1}
     whole = decide(Line(nearness_to(0.3)), values, **config)
     for rows in (1, 16, 48):  # 1, 1 and 3 states at a time
-        monkeypatch.setattr(planner, "ROWS", rows)
+        monkeypatch.setattr(planner, "CACHED_ROWS", rows)
         monkeypatch.setattr(planner, "GRADIENT_ROWS", rows)
         pieces = decide(Line(nearness_to(0.3)), values, **config)
         assert torch.allclose(whole.action, pieces.action, atol=1e-6)
         assert torch.allclose(whole.best_score, pieces.best_score, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("gradient", 0.05), ("mpc", 0.3)])
+def test_plans_in_bfloat16_are_worth_those_in_float32(kind: str, apart: float):
+    # Of a learned pendulum, by what one step is worth in float32. Sampled plans are nearly the best of many samples, so
+    # rounding may let another one win that is as good; `apart` is in units of a plan's distance from the policy.
+    learned = learned_pendulum()
+    states = torch.from_numpy(learned.log.transitions.observation[::6])
+    model, values = learned.world_model, learned.values
+
+    def planned(precision: str) -> Plan:
+        config = PlannerConfig.model_validate({"kind": kind, "candidates": 240, "precision": precision})
+        return plan(states, model, values, config, discount=0.97, generator=torch.Generator().manual_seed(0))
+
+    def worth(action: Tensor) -> Tensor:
+        following, reward, ended, _ = model.step_together(states, action)
+        return (reward + 0.97 * (1.0 - ended) * values.v(following)).mean()
+
+    exact, rounded, policy = planned("float32"), planned("bfloat16"), values.act(states)
+    assert rounded.action.dtype == rounded.best_score.dtype == torch.float32
+    assert not torch.equal(exact.action, rounded.action)
+    assert (exact.action - rounded.action).abs().mean() < apart * (exact.action - policy).abs().mean()
+    gain = worth(exact.action) - worth(policy)
+    assert gain > 0 and worth(rounded.action) - worth(policy) > 0.95 * gain
+
+
+def test_the_first_action_is_decided_once_a_state_as_if_for_every_candidate():
+    # One member at a time, one candidate at a time, as the score is defined, with the noise that the generator gives.
+    learned = learned_pendulum()
+    states = torch.from_numpy(learned.log.transitions.observation[::500])
+    config, model, values = PlannerConfig(horizon=3, candidates=6), learned.world_model, learned.values
+    found = plan(states, model, values, config, discount=0.9, generator=torch.Generator().manual_seed(0))
+    shape = (3, model.elites, len(states), 2, 1)
+    noise = 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise[:, :, :, 0] = 0.0
+    for b, state in enumerate(states):
+        scores, firsts = [], []
+        for e in range(model.elites):
+            for r in range(2):
+                s, score, alive = state.expand(model.elites, 1, -1), 0.0, 1.0
+                for h in range(3):
+                    action = (values.act(s) + noise[h, e, b, r]).clamp(-1.0, 1.0)
+                    if h == 0:
+                        firsts.append(action[e, 0])
+                    following, reward, ended = model.step(s, action)
+                    s = following[e : e + 1].expand(model.elites, -1, -1)
+                    score, alive = score + 0.9**h * alive * reward[e], alive * (1.0 - ended[e])
+                scores.append((score + 0.9**3 * alive * values.v(s)[e])[0])
+        score_N, first_NA = torch.stack(scores), torch.stack(firsts)
+        weight = torch.softmax((score_N - score_N.max()) / score_N.std() / config.temperature, 0)
+        assert torch.allclose(found.action[b], weight @ first_NA, atol=1e-3)
+        assert found.best_score[b].item() == pytest.approx(score_N.max().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mpc", "greedy_q"])
