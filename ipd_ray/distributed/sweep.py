@@ -416,9 +416,9 @@ def _record(point: int, settings: Point, seed: int, fresh: bool = False) -> dict
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """A row for JSON, which knows no NaN."""
+    """A row for JSON, which knows neither NaN nor tuples."""
     out = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(row).items()}
-    return {**out, "fresh": _plain(row.fresh) if row.fresh else None}
+    return {**out, "scores": list(row.scores), "fresh": _plain(row.fresh) if row.fresh else None}
 
 
 class _Ledger(Searcher):

@@ -144,6 +144,7 @@ def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(tmp_path: Path
     assert rows[-1]["step"] < 6000
 
 
+@pytest.mark.slow
 def test_tpe_goes_on_from_its_ledger(tmp_path: Path):
     question = Question(
         space={"distill.eta": Range(low=0.0, high=1.0)}, sampler="tpe", points=2, seeds=1, finalists=0
@@ -156,6 +157,7 @@ def test_tpe_goes_on_from_its_ledger(tmp_path: Path):
     assert len(answer["ranking"]) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_no_trial_and_the_table_is_that_of_an_undisturbed_sweep(
     done: tuple[Path, dict[str, Any]], ray_cluster: str, tmp_path: Path
 ):
