@@ -181,6 +181,7 @@ def test_report_of_one_run_and_of_several(tmp_path: Path) -> None:
     ("space: {distill.eta: [0.0]}\nobjective: imagined", ("choose.episodes=0",), "set choose.episodes above 0"),
     ("space: {distill.updates: [10]}\nscheduler: asha", (), "take distill.updates out of space"),
     ("space: {distill.eta: [0.0]}\nscheduler: asha", ("distill.snapshots=1",), "set distill.snapshots to 4"),
+    ("space: {distill.eta: [0.0]}\nscheduler: asha", ("runtime.workers=2",), "set runtime.workers=1"),
 ])
 def test_a_sweep_that_cannot_be_is_refused_before_any_work(
     place: Path, question: str, more: tuple[str, ...], said: str

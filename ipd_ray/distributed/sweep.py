@@ -163,6 +163,12 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
         fixed = [n for n in ("distill.updates", "distill.snapshots") if n in question.space]
         if fixed:
             raise UserError(f"scheduler: asha compares trials at equal updates: take {fixed[0]} out of space.")
+        if base.runtime.workers > 1:
+            raise UserError(
+                "scheduler: asha ends trials in the middle, which leaves the room of "
+                f"runtime.workers={base.runtime.workers} taken: set runtime.workers=1 (trials run side by side anyway), or "
+                "scheduler: none."
+            )
         if base.distill.snapshots < 2:
             raise UserError("scheduler: asha compares the policies kept along the way: set distill.snapshots to 4.")
         if missing and base.choose.episodes == 0:
@@ -418,9 +424,9 @@ def _record(point: int, settings: Point, seed: int, fresh: bool = False) -> dict
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    """A row for JSON, which knows no NaN."""
+    """A row for JSON, which knows neither NaN nor tuples."""
     out = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(row).items()}
-    return {**out, "fresh": _plain(row.fresh) if row.fresh else None}
+    return {**out, "scores": list(row.scores), "fresh": _plain(row.fresh) if row.fresh else None}
 
 
 class _Ledger(Searcher):
