@@ -275,7 +275,7 @@ def plan_one(options: Mapping[str, Any]) -> Work:
 
 def distill(options: Mapping[str, Any]) -> Work:
     """Updates of step 5 on the log alone; layers, width, heads, context, batch, tokens. Items are windows."""
-    from ipd_ray.distill.fit import DistillTrainer
+    from ipd_ray.distill.fit import Corpus, DistillTrainer
 
     log = log_of(STEPS)
     policy = PolicyConfig(
@@ -283,7 +283,8 @@ def distill(options: Mapping[str, Any]) -> Work:
         tokens=options["tokens"],
     )  # fmt: skip
     config = RunConfig(policy=policy, distill=DistillConfig(updates=10**9, batch_size=options["batch"]))
-    trainer = DistillTrainer(material_of(log), policy, config.distill, seed=0, device=options["device"])
+    corpus = Corpus.of(material_of(log), policy, config.distill)
+    trainer = DistillTrainer(corpus, None, policy, config.distill, seed=0, device=options["device"])
     about = {"flops": operations("distill", config, sizes_of(log)) / options["batch"]}
     return training(trainer, 10**9, options["batch"], options, 2, about)
 
@@ -298,7 +299,7 @@ def material_of(log: Log) -> Any:
     prompts = Prompts(log.return_parts[0], np.zeros((0, segments.length), np.float32))
     return Material(
         log, segments, np.zeros(0, bool), np.zeros(0, np.int64), prompts, np.ones(steps, np.float32),
-        np.zeros((0, segments.length), np.float32), None, 1.0,
+        np.zeros((0, segments.length), np.float32), 1.0,
     )  # fmt: skip
 
 
