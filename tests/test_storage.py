@@ -224,6 +224,7 @@ def test_commands_read_what_lies_in_a_bucket(bucket: str, another_machine, tmp_p
     assert set(digests(f"{bucket}/runs/mine")) >= {"values", "distill", "evaluate"}  # all still there
 
 
+@pytest.mark.slow
 def test_a_run_killed_on_one_machine_goes_on_on_another(bucket: str, another_machine, tmp_path: Path):
     slow = [*SETTINGS, "values.updates=1500", "runtime.checkpoint_seconds=0.2"]
     command = ["run", LOG, *slow, "--run-dir", f"{bucket}/runs/mine"]

@@ -166,8 +166,8 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
         if base.runtime.workers > 1:
             raise UserError(
                 "scheduler: asha ends trials in the middle, which leaves the room of "
-                f"runtime.workers={base.runtime.workers} taken: set runtime.workers=1 (trials run side by side anyway), or "
-                "scheduler: none."
+                f"runtime.workers={base.runtime.workers} taken: set runtime.workers=1 (trials run side by side anyway), "
+                "or scheduler: none."
             )
         if base.distill.snapshots < 2:
             raise UserError("scheduler: asha compares the policies kept along the way: set distill.snapshots to 4.")

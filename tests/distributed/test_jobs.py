@@ -312,6 +312,7 @@ def test_job_that_fails_gives_its_exit_code_and_unknown_jobs_the_near_name(head:
     assert "Did you mean 'shown'" in head.call("jobs", "stop", "show", code=2)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_stopped_job_keeps_what_is_finished(head: Head) -> None:
     out, _ = head.call(

@@ -47,6 +47,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow
 def test_work_goes_where_the_labels_say_and_labels_nobody_has_are_refused(tiny_method, tmp_path: Path):
     """In a process of its own: this one may be connected to another cluster."""
     (tmp_path / "found").mkdir()

@@ -17,6 +17,7 @@ from ipd_ray.storage import Folder
 pytestmark = pytest.mark.ray
 
 
+@pytest.mark.slow
 def test_a_run_on_ray_in_a_bucket_is_the_local_run(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_log(tmp_path / "minari")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
