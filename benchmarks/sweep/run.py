@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from ipd_ray import api
-from ipd_ray.artifacts import Store
 from ipd_ray.config import build, flatten, preset
 from ipd_ray.sweep import Sweep, common_settings, known_points, read_question
 
@@ -80,7 +79,7 @@ def ledger(work: Path) -> list[dict[str, Any]]:
 
 def stored(work: Path) -> dict[str, int]:
     """Finished artifacts by step."""
-    return dict(Counter(a.path.parent.name for a in Store(work / "store").ls()))
+    return dict(Counter(p.parent.parent.name for p in (work / "store").glob("*/*/artifact.json")))
 
 
 def outcome(work: Path) -> dict[str, Any]:

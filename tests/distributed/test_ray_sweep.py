@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from small_runs import LOG, SETTINGS, write_log
 
-from ipd_ray.artifacts import Store
 from ipd_ray.config import build, load, parse_overrides
 from ipd_ray.errors import UserError
 from ipd_ray.progress import Listeners
@@ -181,7 +180,7 @@ def test_a_killed_driver_loses_no_trial_and_the_table_is_that_of_an_undisturbed_
     assert subprocess.run([*words, "--resume"]).returncode == 0
     answer = json.loads((tmp_path / "sweep" / "summary.json").read_text())
     assert [answer[k] for k in ("points", "ranking", "best")] == [done[1][k] for k in ("points", "ranking", "best")]
-    stored = Counter(a.path.parent.name for a in Store(tmp_path / "store").ls())
+    stored = Counter(p.parent.parent.name for p in (tmp_path / "store").glob("*/*/artifact.json"))
     assert stored["distill"] == 4 and {step: stored[step] for step in SHARED} == dict.fromkeys(SHARED, 1)
 
 
