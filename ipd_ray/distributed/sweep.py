@@ -165,13 +165,8 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
             raise UserError(f"scheduler: asha compares trials at equal updates: take {fixed[0]} out of space.")
         if base.runtime.workers > 1:
             raise UserError(
-<<<<<<< HEAD
-                "scheduler: asha ends trials in the middle, which leaves the room of "
-                f"runtime.workers={base.runtime.workers} taken: set runtime.workers=1 (trials run side by side anyway), "
-=======
                 "scheduler: asha ends trials in the middle, which leaves the room of all "
                 f"runtime.workers={base.runtime.workers} taken: set runtime.workers=1 (trials run side by side), "
->>>>>>> tune
                 "or scheduler: none."
             )
         if base.distill.snapshots < 2:
