@@ -132,6 +132,8 @@ def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
 def _check_folder(folder: Sweep, resume: bool) -> None:
     """Raise UserError where the folder holds something else, or a sweep that `resume` was not asked to go on with."""
     if not folder.exists:
+        if RunFolder(folder.folder).exists:
+            raise UserError(f"{folder.folder} is the folder of a run, not of a sweep: give another --sweep-dir.")
         check_folder(Folder.of(folder.folder))
         return
     records = [r for r in folder.records() if not r.get("fresh")]
