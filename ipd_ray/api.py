@@ -21,7 +21,7 @@ from ipd_ray.checks import (
     remarks,
 )
 from ipd_ray.config import RunConfig, as_yaml, build
-from ipd_ray.data.columns import columns_path, fetch_columns, keep_columns
+from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
 from ipd_ray.data.shards import read_entries
@@ -52,7 +52,7 @@ def run(
     dataset: a Minari id, local or remote, or `demo`.
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
-    until: the last step: values, world_model, imagine, distill, choose or evaluate.
+    until: the last step: values, world_model, imagine, distill, choose, fitted_q or evaluate.
     listeners: hear of the run beside its own files, and are closed at its end; see ipd_ray.progress.Listener.
 
     Call it again with the same arguments and it goes on where it stopped: what is finished is reused.
@@ -129,9 +129,8 @@ def export(run: RunFolder, dataset_id: str, *, root: Path | None = None, with_lo
     root: folder of datasets; MINARI_DATASETS_PATH where not given. with_log: False writes the segments alone.
     """
     job = job_of(run)
-    folder, _, name = job.log.path.rpartition("/")
-    if fetch_columns(Folder.of(folder), name) is None:
-        keep_columns(Folder.of(folder), load(run.identity["dataset"]))
+    if fetch_columns(Folder.of(job.log.path)) is None:
+        keep_columns(run.store, load(run.identity["dataset"]))
     segments, transitions = job.accepted_segments(), job.log.load().transitions
     return export_minari(transitions, segments, dataset_id, root=root, with_log=with_log), len(segments)
 
@@ -142,8 +141,7 @@ def job_of(run: RunFolder, *, imagined: bool = True) -> DistillJob:
     imagined: False leaves the segments out, which need not be there then.
     """
     config = build(run.config)
-    data = run.store / "data"
-    columns = data / columns_path(data.path, run.identity["content_hash"]).name
+    columns = columns_file(run.store, run.identity["content_hash"])
     return DistillJob(
         work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
         log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),

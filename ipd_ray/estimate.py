@@ -19,7 +19,7 @@ import torch
 
 from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
-from ipd_ray.data.columns import columns_path
+from ipd_ray.data.columns import columns_file
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
@@ -136,8 +136,7 @@ def estimate_disk(context: Context, until: str) -> int:
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:
-    data = context.store.root / "data"
-    there = data.exists(columns_path(data.path, context.transitions.content_hash).name)
+    there = columns_file(context.store.root, context.transitions.content_hash).exists()
     return 0 if there else round(_log_bytes(sizes))
 
 

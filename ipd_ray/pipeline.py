@@ -187,8 +187,7 @@ class Context:
     @cached_property
     def log(self) -> LogRef:
         """The converted log in the store, written where it is missing."""
-        path = keep_columns(self.store.root / "data", self.transitions)
-        return LogRef(path, self.config.data, self.config.seed)
+        return LogRef(str(keep_columns(self.store.root, self.transitions)), self.config.data, self.config.seed)
 
     def path(self, part: Part) -> str:
         artifact = self.store.find(part.step, part.key)

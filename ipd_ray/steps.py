@@ -81,8 +81,7 @@ class LogRef:
 
 @lru_cache(maxsize=2)
 def _load_log(ref: LogRef) -> Log:
-    folder, _, name = ref.path.rpartition("/")
-    found = fetch_columns(Folder.of(folder), name)
+    found = fetch_columns(Folder.of(ref.path))
     if found is None:
         raise FileNotFoundError(f"the converted log {ref.path} is gone or damaged: run again, it is converted anew.")
     return prepare(found, ref.data, ref.seed)

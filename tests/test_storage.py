@@ -199,6 +199,18 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_serves_other_machines(
     assert sum("reused" in line for line in other_log) == 7 and not any("done in" in line for line in other_log)
 
 
+def test_options_of_a_uri_reach_every_file(bucket: str, another_machine):
+    """The region stands in the URI alone."""
+    place, config = f"{bucket}/runs/mine?region=us-east-1", load(overrides=[*SETTINGS, "choose.episodes=0"])
+    del os.environ["AWS_DEFAULT_REGION"]  # put back by the fixture
+    run(LOG, config, run_dir=place, until="distill")
+    another_machine()
+    assert digests(place).keys() == {"values", "world_model", "imagine", "distill"}
+    log = (Folder.of(place).read_text("run.log") or "").splitlines()
+    assert sum("done in" in line for line in log) == 4
+    assert all("?region" not in name for name in Folder.of(bucket).sizes())
+
+
 def say(*words: str, cwd: Path) -> str:
     done = subprocess.run(
         ["python", "-m", "ipd_ray.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False

@@ -60,21 +60,26 @@ def read_columns(path: Path) -> Transitions | None:
         return None
 
 
-def fetch_columns(folder: Folder, name: str) -> Transitions | None:
+def columns_file(store: Folder, content_hash: str) -> Folder:
+    """Where a store keeps the log of a content."""
+    return store / "data" / columns_path(Path(), content_hash).name
+
+
+def fetch_columns(file: Folder) -> Transitions | None:
     """Return a log of a store, or None as `read_columns` does. Fetched once a machine."""
-    if folder.remote and read_columns(folder.path / name) is None:
-        with folder.locked():
-            folder.pull([name])
-    return read_columns(folder.path / name)
+    if file.remote and read_columns(file.path) is None:
+        with file.parent.locked():
+            file.parent.pull([file.name])
+    return read_columns(file.path)
 
 
-def keep_columns(folder: Folder, transitions: Transitions) -> str:
-    """Have a log in a store, written where it is missing; return its path or URI."""
-    path = columns_path(folder.path, transitions.content_hash)
-    if fetch_columns(folder, path.name) is None:
-        write_columns(path, transitions)
-        folder.push([path.name])
-    return str(folder / path.name)
+def keep_columns(store: Folder, transitions: Transitions) -> Folder:
+    """Have a log in a store, written where it is missing; return its file."""
+    file = columns_file(store, transitions.content_hash)
+    if fetch_columns(file) is None:
+        write_columns(file.path, transitions)
+        file.parent.push([file.name])
+    return file
 
 
 def _checksum(columns: Mapping[str, NDArray[Any]]) -> str:

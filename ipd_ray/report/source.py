@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import RunConfig, load
-from ipd_ray.data.columns import columns_path, fetch_columns
+from ipd_ray.data.columns import columns_file, fetch_columns
 from ipd_ray.data.shards import Segments, concatenate, read_entries, read_shard, shard_path
 from ipd_ray.data.transitions import Log, prepare
 from ipd_ray.errors import UserError
@@ -106,8 +106,7 @@ class View:
         """The converted log, or None where the store has it no longer."""
         if self.config is None:
             return None
-        data = self.run.store / "data"
-        found = fetch_columns(data, columns_path(data.path, self.identity["content_hash"]).name)
+        found = fetch_columns(columns_file(self.run.store, self.identity["content_hash"]))
         return prepare(found, self.config.data, int(self.identity["seed"])) if found else None
 
     @cached_property
