@@ -336,47 +336,27 @@ def choose(context: Context) -> None:
     """Step 6, the policy that is kept."""
     config, part = context.config, context.parts.choose
     assert part is not None  # part of the run
-
-    def compute(folders: dict[str, Folder]) -> None:
-        folder = folders["choose"]
-        arguments = {
-            "work": str(folder),
-            "place": context.place(),
-            "log": context.log,
-            "world_model": context.path(context.parts.world_model),
-            "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
-            "uncertainty": config.imagine.uncertainty,
-            "config": config.choose,
-            "seed": config.seed,
-        }
-        context.engine.run_steps(
-            [Task(part.name, run_choose, arguments)], CurveTail(part.name, folder, context.listener)
-        )
-
-    context.obtain({"choose": part}, compute)
+    _obtain_alone(context, part, run_choose, lambda: {
+        "log": context.log,
+        "world_model": context.path(context.parts.world_model),
+        "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
+        "uncertainty": config.imagine.uncertainty,
+        "config": config.choose,
+        "seed": config.seed,
+    })
 
 
 def evaluate_offline(context: Context) -> None:
     """Step 7 without an environment: the value of the policy that is left, on held-out episodes."""
     config, part = context.config, context.parts.fitted_q
     assert part is not None  # part of the run
-
-    def compute(folders: dict[str, Folder]) -> None:
-        folder = folders["fitted_q"]
-        arguments = {
-            "work": str(folder),
-            "place": context.place(),
-            "log": context.log,
-            "values": context.path(context.parts.values),
-            "policy": context.path(context.parts.policy),
-            "config": config.fitted_q,
-            "seed": config.seed,
-        }
-        context.engine.run_steps(
-            [Task(part.name, run_fitted_q, arguments)], CurveTail(part.name, folder, context.listener)
-        )
-
-    context.obtain({"fitted_q": part}, compute)
+    _obtain_alone(context, part, run_fitted_q, lambda: {
+        "log": context.log,
+        "values": context.path(context.parts.values),
+        "policy": context.path(context.parts.policy),
+        "config": config.fitted_q,
+        "seed": config.seed,
+    })
 
 
 def evaluate(context: Context, variant: str = "ipd") -> None:
@@ -388,20 +368,25 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
         context.listener.note(f"evaluation skipped: {error}. The offline diagnostics stand.")
         return
 
-    def compute(folders: dict[str, Folder]) -> None:
-        folder = folders[variant]
-        arguments = {
-            "work": str(folder),
-            "place": context.place(),
-            "policy": context.path(context.parts.distill[variant]),
-            "config": config,
-            "chosen": context.path(chosen) if variant == "ipd" and (chosen := context.parts.choose) else None,
-        }
-        context.engine.run_steps(
-            [Task(part.name, run_evaluate, arguments)], CurveTail(part.name, folder, context.listener)
-        )
+    chosen = context.parts.choose if variant == "ipd" else None
+    _obtain_alone(context, part, run_evaluate, lambda: {
+        "policy": context.path(context.parts.distill[variant]),
+        "config": config,
+        "chosen": context.path(chosen) if chosen else None,
+    })
 
-    context.obtain({variant: part}, compute)
+
+def _obtain_alone(
+    context: Context, part: Part, function: Callable[..., Any], arguments: Callable[[], dict[str, Any]]
+) -> None:
+    """Have a part that one worker makes; arguments: beside where it works, asked for only where it is to be made."""
+
+    def compute(folders: dict[str, Folder]) -> None:
+        folder = folders[part.name]
+        task = Task(part.name, function, {"work": str(folder), "place": context.place(), **arguments()})
+        context.engine.run_steps([task], CurveTail(part.name, folder, context.listener))
+
+    context.obtain({part.name: part}, compute)
 
 
 def train_threads(config: RunConfig) -> int:

@@ -5,6 +5,7 @@ Every function here takes picklable arguments and paths, and may run in any proc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -284,15 +285,7 @@ class DistillJob:
             advantage_weight(of_plans, of_log, temperature),
             uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
         )
-        target = self.distill.target_return
-        if self.distill.prompt == "fixed" and target is None:
-            target = float(t.episode_return.max())
-        notes = {
-            "imagined": imagined,
-            "log": {"spec": t.spec.__dict__, "reward_scale": log.reward_scale, "discount": log.discount},
-            "target_return": target,
-        }
-        return Corpus.of(material, self.policy, self.distill, notes)
+        return Corpus.of(material, self.policy, self.distill, {"imagined": imagined, "log": self._about(log)})
 
     def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
         """Return the trainer of one worker, ready for its first update."""
@@ -309,17 +302,9 @@ class DistillJob:
         diagnostics = trainer.diagnose()
         if reducer is not None and reducer.rank > 0:
             return
-        values = Artifact(self.values)
-        workspace.finish(
-            {**prefixed("policy", trainer.policy_state()), **prefixed("values", values.tensors())},
-            {**diagnostics, "imagined": corpus.notes["imagined"]},
-            **corpus.notes["log"],
-            prompt=self.distill.prompt,
-            policy=self.policy.model_dump(mode="json"),
-            values={k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
-            target_return=corpus.notes["target_return"],
-            updates=self.distill.updates,
-        )
+        tensors, described = self.acting(prefixed("policy", trainer.policy_state()), corpus.notes["log"])
+        imagined = {"imagined": corpus.notes["imagined"]}
+        workspace.finish(tensors, {**diagnostics, **imagined}, **described, updates=self.distill.updates)
 
     def imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
         """Return all imagined segments, which of them count and how far, and what a run reports of that."""
@@ -364,19 +349,28 @@ class DistillJob:
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
 
-    def acting(self, policy: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and description with which a policy of this distillation acts; policy: its own tensors, prefixed."""
-        log, values = self.log.load(), Artifact(self.values)
+    def acting(
+        self, policy: dict[str, torch.Tensor], about_log: Mapping[str, Any] | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors and description with which a policy of this distillation acts.
+
+        policy: its own tensors, prefixed. about_log: what a corpus notes of the log, which is loaded where not given.
+        """
+        values = Artifact(self.values)
+        return {**policy, **prefixed("values", values.tensors())}, {
+            **(about_log or self._about(self.log.load())),
+            "prompt": self.distill.prompt,
+            "policy": self.policy.model_dump(mode="json"),
+            "values": {k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
+        }
+
+    def _about(self, log: Log) -> dict[str, Any]:
+        """What acting needs to know of the log."""
         target = self.distill.target_return
         if self.distill.prompt == "fixed" and target is None:
             target = float(log.transitions.episode_return.max())
-        return {**policy, **prefixed("values", values.tensors())}, {
-            "spec": {**log.transitions.spec.__dict__},
-            "reward_scale": log.reward_scale,
-            "prompt": self.distill.prompt,
-            "discount": log.discount,
-            "policy": self.policy.model_dump(mode="json"),
-            "values": {k: values.described[k] for k in ("values", "observation_dim", "action_dim")},
+        return {
+            "spec": {**log.transitions.spec.__dict__}, "reward_scale": log.reward_scale, "discount": log.discount,
             "target_return": target,
         }
 
