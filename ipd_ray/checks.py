@@ -13,7 +13,7 @@ from gymnasium.spaces.utils import flatdim
 from ipd_ray.config import RunConfig
 from ipd_ray.data.transitions import Spec, Transitions, prepare
 from ipd_ray.distributed import ray_part
-from ipd_ray.errors import UserError
+from ipd_ray.errors import UserError, first_line
 from ipd_ray.estimate import estimate_disk
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.lease import Lease
@@ -115,7 +115,7 @@ def check_writable(folder: Folder) -> None:
     except OSError as error:
         if folder.remote:
             raise UserError(
-                f"{folder} cannot be written ({_first_line(error)}): does the bucket exist, and do the environment's "
+                f"{folder} cannot be written ({first_line(error)}): does the bucket exist, and do the environment's "
                 "credentials (such as AWS_ACCESS_KEY_ID) or this machine's role let you write there?"
             ) from error
         raise UserError(explain_os_error(error) or f"{folder} cannot be written ({error}).") from error
@@ -220,7 +220,3 @@ def explain_os_error(error: OSError) -> str | None:
     if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EEXIST) and error.filename:
         return f"{what} cannot be written ({error.strerror}): choose another --run-dir or runtime.store."
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ipd_ray.config import RunConfig, flatten
-from ipd_ray.errors import UserError
+from ipd_ray.errors import UserError, first_line
 from ipd_ray.progress import Listener
 from ipd_ray.runs import CURVES, human_seconds
 
@@ -187,7 +187,7 @@ class WandbLog:
             )
         except Exception as error:  # whatever its client raises: no key, no network, no permission
             raise UserError(
-                f"runtime.wandb={runtime.wandb}: Weights & Biases cannot be started ({_first_line(error)}): `wandb "
+                f"runtime.wandb={runtime.wandb}: Weights & Biases cannot be started ({first_line(error)}): `wandb "
                 "login`, or set runtime.wandb=offline."
             ) from error
         self._folder = folder
@@ -255,7 +255,3 @@ def recorders(config: RunConfig, folder: Path, dataset: str) -> list[Listener]:
     if config.runtime.tensorboard:
         out.append(TensorBoardLog(folder))
     return out
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,8 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from minari.dataset.minari_dataset import DATASET_ID_RE
 from numpy.typing import NDArray
 
 from ipd_ray.data.transitions import Spec, Transitions
+from ipd_ray.environment import variables
 from ipd_ray.errors import UserError
 
 ROOT_VARIABLE = "MINARI_DATASETS_PATH"
@@ -146,7 +146,7 @@ def write_minari(
         extra["ref_min_score"], extra["ref_max_score"] = (float(score) for score in ref_scores)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".write-", dir=root) as work:
-        with _minari_root(work), warnings.catch_warnings():
+        with variables({ROOT_VARIABLE: str(work)}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields that Minari's public collection asks for
             dataset = minari.create_dataset_from_buffers(
                 dataset_id,
@@ -177,17 +177,3 @@ def check_id(dataset_id: str) -> str:
         name = name if re.search(r"-v\d+$", name) else f"{name}-v0"
         raise UserError(f"dataset id {dataset_id!r} must have the form (namespace/)name-vN: use {name!r}.")
     return dataset_id
-
-
-@contextmanager
-def _minari_root(root: str | Path) -> Iterator[None]:
-    """Point Minari at another folder; it reads the variable at every call. Not for use from two threads at once."""
-    before = os.environ.get(ROOT_VARIABLE)
-    os.environ[ROOT_VARIABLE] = str(root)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[ROOT_VARIABLE]
-        else:
-            os.environ[ROOT_VARIABLE] = before

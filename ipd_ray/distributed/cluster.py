@@ -17,7 +17,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental.internal_kv import _internal_kv_get
 
 from ipd_ray.config import RuntimeConfig, label_selector
-from ipd_ray.errors import UserError
+from ipd_ray.errors import UserError, first_line
 
 NODE_ID = "ray.io/node-id"
 """Label that every node has, each its own."""
@@ -179,8 +179,3 @@ def _labelled(cluster: Cluster, name: str, labels: str) -> Cluster:
             f"`ray start --labels {labels}`, or leave runtime.{name} out."
         )
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

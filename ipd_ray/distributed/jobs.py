@@ -27,8 +27,9 @@ from ray.job_submission import JobDetails, JobSubmissionClient
 
 import ipd_ray
 from ipd_ray.distributed import credentials
-from ipd_ray.distributed.cluster import first_line, knock
-from ipd_ray.errors import UserError, near_name
+from ipd_ray.distributed.cluster import knock
+from ipd_ray.environment import variables
+from ipd_ray.errors import UserError, first_line, near_name
 from ipd_ray.runs import IDENTITY, human_bytes
 
 UPLOAD_BYTES = 100 * 2**20
@@ -288,7 +289,8 @@ class JobServer:
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         with self._asking():
             knock(f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}")
-            with _variable("RAY_API_SERVER_ADDRESS", self.address):  # Ray prefers RAY_ADDRESS to what it is called with
+            # Ray prefers RAY_ADDRESS to what it is called with.
+            with variables({"RAY_API_SERVER_ADDRESS": self.address}):
                 self._client = JobSubmissionClient(self.address, headers=_authorisation())
 
     @property
@@ -426,20 +428,6 @@ class JobServer:
             "running cluster; `ray start --head --dashboard-host=0.0.0.0` starts one (with ray[default] installed), "
             "`ssh -L 8265:localhost:8265 HEAD` or `kubectl port-forward` reaches one."
         )
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable meanwhile."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _authorisation() -> dict[str, str]:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ipd_ray.environment import variables
+
 FRAMES = 10
 _WIDTH = 220
 _PLAIN = "gymnasium.envs.classic_control"
@@ -57,14 +59,13 @@ def film(policy: Path, environment: str | None, seed: int, max_steps: int | None
     if environment is None and not _environment_text(policy):
         return "the dataset names no environment; evaluate.environment gives one"
     if environment is None and _is_plain(policy):
-        with _environment_variables(_QUIET), _one_thread():
+        with variables(_QUIET), _one_thread():
             return record_or_reason(**task)
-    variables = {**_QUIET}
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform != "linux":
-        return _in_process(task, variables, seconds)
+        return _in_process(task, _QUIET, seconds)
     reasons = []
     for gl in ("egl", "osmesa"):
-        found = _in_process(task, {**variables, "MUJOCO_GL": gl}, seconds)
+        found = _in_process(task, {**_QUIET, "MUJOCO_GL": gl}, seconds)
         if isinstance(found, Film) or "mujoco" not in _environment_text(policy):
             return found
         reasons.append(f"{gl}: {found}")
@@ -176,20 +177,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _environment_variables(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def main() -> None:
