@@ -262,8 +262,7 @@ class _Begun:
         with suppress(FileNotFoundError):  # until is before distill
             copy_policy(context, self.folder)
         summary = {**summarise(context), "run_dir": str(self.folder)}
-        text = json.dumps(summary, indent=1) + "\n"
-        write_atomic(self.folder.path / SUMMARY, text)
+        write_atomic(self.folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         self.folder.push([SUMMARY])
         try:
             from ipd_ray.report import build_report

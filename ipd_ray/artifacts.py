@@ -259,12 +259,10 @@ class Artifact:
 
     def pull(self, names: Sequence[str]) -> None:
         """Have these files on this machine. Once a machine: those of the same artifact are not fetched again."""
-        if not self.folder.remote:
-            return
-        with self.folder.locked():
-            if not self._current:
+        if not self._current:
+            with self.folder.locked():
                 self._renew()
-            self.folder.pull([name for name in names if not (self.path / name).exists()])
+        self.folder.have(names)
 
     def pull_all(self) -> None:
         """Have all its files on this machine."""

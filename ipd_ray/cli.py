@@ -217,7 +217,7 @@ _step_command("world-model", "world_model", "A run up to step 2: the values and 
 _step_command("imagine", "imagine", "A run up to steps 3 and 4: start states, and segments imagined from them.")
 _step_command("distill", "distill", "A run up to step 5: the policy, and those that it is chosen from.")
 _step_command("choose", "choose", "A run up to step 6: the policy that does best inside the world model.")
-_step_command("evaluate", "evaluate", "A run up to step 6, the scores: the same as `run`.")
+_step_command("evaluate", "evaluate", "A run up to step 7, the scores: the same as `run`.")
 
 
 def _summary_table(summary: Mapping[str, Any]) -> str:
@@ -328,6 +328,7 @@ def tune_command(
 
 def _sweep_table(answer: Mapping[str, Any]) -> str:
     """Points from best to worst, what was reused, and what to do with the best."""
+    from ipd_ray.storage import near
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
@@ -359,8 +360,6 @@ def _sweep_table(answer: Mapping[str, Any]) -> str:
         [[r["step"], str(r["needed"]), str(r["made"]), str(r["reused"]), _seconds(r["seconds"]), _seconds(r["saved"])]
          for r in answer["reuse"]],
     )]
-    from ipd_ray.storage import near
-
     folder = near(answer["sweep_dir"])
     saved = sum(r["saved"] for r in answer["reuse"])
     lines += ["", f"{_seconds(answer['seconds'])} now; apart, the trials would have taken {_seconds(saved)} more"]
@@ -815,7 +814,7 @@ def submit(
     The command is checked first, as it would be here. It runs with runtime.engine=ray and runtime.address=auto where it
     does not say otherwise, in a copy of --working-dir, with this very version of ipd_ray. Datasets, runs, stores,
     environments, version control, what git ignores and what looks like a credential stay here. Results must go to
-    storage that every node sees: --run-dir is an absolute path, and so is runtime.store where it is given.
+    storage that every node sees: --run-dir is an absolute path or a URI, and so is runtime.store where it is given.
 
     With --follow the exit code is the job's (143 for one that was stopped); Ctrl-C leaves the job running.
 

@@ -1,4 +1,4 @@
-"""Files: written so that a kill at any moment leaves the old one or the new one, and measured."""
+"""Files, written so that a kill at any moment leaves the old one or the new one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,3 @@ def write_atomic(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def folder_bytes(path: Path) -> int:
-    """Return what a folder takes on disk."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

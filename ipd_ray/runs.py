@@ -178,10 +178,7 @@ USERS = "users"
 
 def register(store: Folder, run: Folder) -> None:
     """Let a store know that a run uses it, wherever that run lies."""
-    users = store / USERS
-    if not users.remote:
-        users.path.mkdir(parents=True, exist_ok=True)
-    users.write_text(_user_file(run), json.dumps({"run": str(run)}) + "\n")
+    (store / USERS).write_text(_user_file(run), json.dumps({"run": str(run)}) + "\n")
 
 
 def _user_file(run: Folder) -> str:

@@ -29,7 +29,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from ipd_ray.errors import UserError
-from ipd_ray.files import folder_bytes, write_atomic
+from ipd_ray.files import write_atomic
 
 ARTIFACT = "artifact.json"
 """The file that makes a folder of the store an artifact."""
@@ -145,8 +145,9 @@ class Folder:
             return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file; readers see the old one or the new one."""
+        """Replace a file, the folder made where it is missing; readers see the old one or the new one."""
         if not self.remote:
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / name, text)
             return
         with self._fs.open_output_stream(self._key(name)) as file:
@@ -186,7 +187,7 @@ class Folder:
 
     @property
     def bytes(self) -> int:
-        return sum(self.sizes().values()) if self.remote else folder_bytes(self.path)
+        return sum(self.sizes().values())
 
     # ---- between store and mirror; nothing to do under a path
 
@@ -200,11 +201,11 @@ class Folder:
         if self.remote:
             _each(self._fetch, names)
 
-    def pull_all(self) -> None:
-        """Fetch what the store has and this machine has not, judged by size: for files that never change."""
+    def have(self, names: Sequence[str]) -> None:
+        """Fetch what this machine has not, once for all of its processes: for files that never change."""
         if self.remote:
             with self.locked():
-                self.pull([name for name, size in self.sizes().items() if _size(self.path / name) != size])
+                self.pull([name for name in names if not (self.path / name).exists()])
 
     def remove(self) -> None:
         """Remove it with all that it holds."""
@@ -253,10 +254,6 @@ def _each(function: Callable[[str], None], names: Sequence[str]) -> None:
             pass
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
 def near(place: str | Path | Folder) -> str:
     """Return a path as a user would type it here; a URI as it is."""
     folder = Folder.of(place)
@@ -268,8 +265,6 @@ def near(place: str | Path | Folder) -> str:
 def probe(place: str) -> None:
     """Write, read back and remove a small file. Raises OSError or UserError where that fails."""
     folder, name = Folder.of(place), f".write-{uuid.uuid4().hex[:8]}"
-    if not folder.remote:
-        folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_text(name, "?")
     back = folder.read_text(name)
     folder.remove_file(name)
@@ -288,8 +283,6 @@ def marked(places: Sequence[str]) -> Iterator[dict[str, str]]:
             if not folder.remote:
                 made += [path for path in (folder.path, *folder.path.parents) if not path.exists()]
             try:
-                if not folder.remote:
-                    folder.path.mkdir(parents=True, exist_ok=True)
                 folder.write_text(name, "")
                 files[place] = name
             except OSError:  # each machine's own look says why

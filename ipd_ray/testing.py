@@ -1,24 +1,65 @@
-"""Fakes for tests that other processes can import: tasks that die or fail, and a distillation that is killed."""
+"""What tests and benchmarks share and other processes can import.
+
+Tasks that die or fail, distillations that are killed or slow, an object store on loopback.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pyarrow import fs
 from torch import Tensor
 
 from ipd_ray.data.shards import Segments, write_shard
 from ipd_ray.distill.fit import Corpus, DistillTrainer, Reducer
 from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder, probe
+
+
+@contextmanager
+def s3_server(log: Path | None = None) -> Iterator[str]:
+    """An S3-compatible server over HTTP on loopback (moto's); yields its address. log: of its requests."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
+    with (log or Path(os.devnull)).open("w") as said:
+        server = subprocess.Popen(command, stdout=said, stderr=said)
+    try:
+        end = time.monotonic() + 60.0
+        while time.monotonic() < end:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def s3_bucket(address: str, name: str) -> dict[str, str]:
+    """Make a bucket; return the environment variables with which s3://name is found."""
+    fs.S3FileSystem(
+        access_key="test", secret_key="test-secret", region="us-east-1", endpoint_override=address,
+        allow_bucket_creation=True,
+    ).create_dir(name)
+    return {
+        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": address,
+    }
 
 
 def square(value: int, seconds: float = 0.0) -> int:
@@ -103,6 +144,18 @@ def write_pid(path: str, seconds: float) -> None:
     time.sleep(seconds)
 
 
+def _before_each_update(trainer: DistillTrainer, action: Callable[[int], None]) -> DistillTrainer:
+    """Return the trainer, which does something before each update."""
+    update = trainer.update
+
+    def later_update(step: int) -> dict[str, Tensor]:
+        action(step)
+        return update(step)
+
+    trainer.update = later_update  # type: ignore[method-assign]
+    return trainer
+
+
 @dataclass(frozen=True)
 class MortalJob(DistillJob):
     """A distillation whose worker of one rank is killed once, in the middle."""
@@ -114,16 +167,11 @@ class MortalJob(DistillJob):
     """Update in which it happens."""
 
     def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
-        trainer = super().trainer(corpus, reducer)
-        update = trainer.update
-
-        def mortal_update(step: int) -> dict[str, Tensor]:
+        def die_at(step: int) -> None:
             if step == self.step and (reducer.rank if reducer else 0) == self.rank:
                 die_unless(self.marker)
-            return update(step)
 
-        trainer.update = mortal_update  # type: ignore[method-assign]
-        return trainer
+        return _before_each_update(super().trainer(corpus, reducer), die_at)
 
 
 @dataclass(frozen=True)
@@ -133,15 +181,7 @@ class SlowJob(DistillJob):
     seconds: float
 
     def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
-        trainer = super().trainer(corpus, reducer)
-        update = trainer.update
-
-        def slow_update(step: int) -> dict[str, Tensor]:
-            time.sleep(self.seconds)
-            return update(step)
-
-        trainer.update = slow_update  # type: ignore[method-assign]
-        return trainer
+        return _before_each_update(super().trainer(corpus, reducer), lambda _: time.sleep(self.seconds))
 
 
 @dataclass(frozen=True)
@@ -152,19 +192,16 @@ class ElasticJob(DistillJob):
     """Update to workers."""
 
     def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
-        trainer = super().trainer(corpus, reducer)
-        update, world = trainer.update, reducer.world if reducer else 1
+        world = reducer.world if reducer else 1
 
-        def patient_update(step: int) -> dict[str, Tensor]:
+        def wait_at_gate(step: int) -> None:
             end = time.monotonic() + 180.0
             while self.gates.get(step, world) != world:  # Ray ends this process to change their number
                 if time.monotonic() > end:
                     raise TimeoutError(f"update {step} waited in vain for {self.gates[step]} workers")
                 time.sleep(0.05)
-            return update(step)
 
-        trainer.update = patient_update  # type: ignore[method-assign]
-        return trainer
+        return _before_each_update(super().trainer(corpus, reducer), wait_at_gate)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,7 @@ os.environ.update(
 )
 
 import hashlib
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ipd_ray import testing
 from ipd_ray.artifacts import Store
 from ipd_ray.config import (
     AcceptConfig,
@@ -149,21 +145,8 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
 def s3_server() -> Iterator[str]:
     """An S3-compatible server over HTTP on loopback; its address."""
     pytest.importorskip("moto.server", reason="no S3-compatible server: pip install 'moto[s3]' flask flask-cors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 60.0
-        while time.monotonic() < end:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-                break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
+    with testing.s3_server() as address:
+        yield address
 
 
 @pytest.fixture
@@ -171,16 +154,10 @@ def bucket(
     s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
 ) -> str:
     """An empty bucket that this process and its children may use, and an empty mirror; its URI."""
-    from pyarrow import fs
-
-    credentials = {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": s3_server, "IPD_RAY_CACHE": str(tmp_path / "mirror"),
-    }
-    for name, value in credentials.items():
-        monkeypatch.setenv(name, value)
     name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
-    fs.S3FileSystem(endpoint_override=s3_server, allow_bucket_creation=True).create_dir(name)
+    credentials = testing.s3_bucket(s3_server, name)
+    for variable, value in {**credentials, "IPD_RAY_CACHE": str(tmp_path / "mirror")}.items():
+        monkeypatch.setenv(variable, value)
     return f"s3://{name}"
 
 

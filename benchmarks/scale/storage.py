@@ -9,12 +9,8 @@ import argparse
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 from record import RESULTS, write
@@ -23,7 +19,6 @@ from ipd_ray import testing
 from ipd_ray.data.shards import read_entries
 from ipd_ray.storage import Folder
 
-SERVER = "from moto.server import main; main()"
 REQUEST = re.compile(r'"(?:\x1b\[[0-9;]*m)*(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP')  # some answers are logged in colour
 
 
@@ -54,26 +49,9 @@ def main() -> None:
     root = args.work.absolute()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test-secret", AWS_DEFAULT_REGION="us-east-1",
-        AWS_EC2_METADATA_DISABLED="true", AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}",
-        IPD_RAY_CACHE=str(root / "mirror"),
-    )
     file = root / "server.log"
-    with file.open("w") as said:
-        server = subprocess.Popen([sys.executable, "-c", SERVER, "-p", str(port)], stdout=said, stderr=said)
-    try:
-        end = time.monotonic() + 60.0
-        while time.monotonic() < end:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
-                break
-            time.sleep(0.1)
-        from pyarrow import fs
-
-        fs.S3FileSystem(endpoint_override=f"http://127.0.0.1:{port}", allow_bucket_creation=True).create_dir("bucket")
+    with testing.s3_server(file) as address:
+        os.environ.update(testing.s3_bucket(address, "bucket"), IPD_RAY_CACHE=str(root / "mirror"))
         work, log = Folder.of("s3://bucket/imagine"), Log(file)
         work.path.mkdir(parents=True)
         testing.trivial_shard(str(work), 0)  # what a process asks once
@@ -85,9 +63,6 @@ def main() -> None:
         looked = log.since()
         work.pull([f"shard-{i:05d}.parquet" for i in range(args.shards)])
         read = log.since()
-    finally:
-        server.kill()
-        server.wait()
     assert len(entries) == args.shards
     found = {"shards": args.shards}
     counted = (("write", wrote, args.shards - 1), ("look", looked, args.shards), ("read", read, args.shards))

@@ -107,15 +107,18 @@ def write_shard(folder: Folder, shard: int, segments: Segments, summary: dict[st
     return entry
 
 
-def read_entry(folder: Path, shard: int, beside: bool = True) -> dict[str, Any] | None:
-    """Return a shard's manifest entry, or None where the shard is not there as a whole; beside: on this machine."""
+def read_entry(folder: Path, shard: int) -> dict[str, Any] | None:
+    """Return a shard's manifest entry, or None where the shard is not there as a whole."""
     path = shard_path(folder, shard)
+    return _parsed(path.with_suffix(".json")) if path.exists() else None
+
+
+def _parsed(path: Path) -> dict[str, Any] | None:
     try:
-        entry = json.loads(path.with_suffix(".json").read_text())
+        entry = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    there = path.exists() or not beside
-    return entry if there and entry.get("schema") == SCHEMA else None
+    return entry if entry.get("schema") == SCHEMA else None
 
 
 def read_entries(folder: Folder) -> dict[int, dict[str, Any]]:
@@ -124,7 +127,7 @@ def read_entries(folder: Folder) -> dict[int, dict[str, Any]]:
     names = [n for n in there if n.startswith("shard-") and n.endswith(".json")]
     names = [n for n in names if n.removesuffix(".json") + ".parquet" in there]
     folder.pull(names)
-    found = (read_entry(folder.path, int(n[6:-5]), beside=not folder.remote) for n in names)
+    found = (_parsed(folder.path / name) for name in names)
     return {int(entry["shard"]): entry for entry in found if entry is not None}
 
 

@@ -106,10 +106,7 @@ def train_worker(job: DistillJob) -> None:
     set_threads(place.threads)
     workspace = TrainWorkspace(job.work, place.checkpoint_seconds, reducer, place.device)
     folder = Folder.of(job.work) / FOLDER
-    if folder.remote:
-        with folder.locked():
-            if not (folder.path / CORPUS).exists():
-                folder.pull([CORPUS])
+    folder.have([CORPUS])
     job.train(Corpus.open(folder.path / CORPUS), workspace, reducer)
 
 
