@@ -30,6 +30,7 @@ from ipd_ray.config import RunConfig, Section, build, field_names, flatten, from
 from ipd_ray.errors import UserError, near_name
 from ipd_ray.files import write_atomic
 from ipd_ray.runs import RunFolder
+from ipd_ray.storage import ARTIFACT
 
 SCHEMA = 1
 SWEEP, TRIALS, RUNS, BEST = "sweep.json", "trials", "runs", "best.yaml"
@@ -374,8 +375,8 @@ def measures(run: RunFolder) -> dict[str, tuple[float, float]]:
     from ipd_ray.artifacts import Artifact
 
     found: dict[str, tuple[float, float]] = {}
-    parts = {name: Artifact(Path(link["path"])) for name, link in run.links.items()}
-    there = {name: a.diagnostics for name, a in parts.items() if (a.path / "artifact.json").exists()}
+    parts = {name: Artifact(link["path"]) for name, link in run.links.items()}
+    there = {name: artifact.diagnostics for name, artifact in parts.items() if artifact.folder.exists(ARTIFACT)}
     if scored := there.get("evaluate"):
         returns = scored["returns"]
         found["return"] = scored["return_mean"], float(np.std(returns) / math.sqrt(len(returns)))

@@ -19,7 +19,9 @@ from ipd_ray.artifacts import Artifact, Store, Workspace
 from ipd_ray.config import load
 from ipd_ray.errors import UserError
 from ipd_ray.lease import Lease
+from ipd_ray.runs import RunFolder
 from ipd_ray.storage import Folder, probe
+from ipd_ray.sweep import measures
 
 KEY = "0123456789abcdef" * 4
 
@@ -187,6 +189,9 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_serves_other_machines(
     assert names | {"policy/artifact.json", "policy/tensors.safetensors"} <= there.keys()
     left = {name for name in Folder.of(f"{bucket}/runs").sizes() if "checkpoint" in name or "lease" in name}
     assert not left
+
+    measured = [measures(RunFolder(place)) for place in (f"{bucket}/runs/mine", tmp_path / "runs" / "mine")]
+    assert measured[0] == measured[1] and measured[0].keys() == {"return", "imagined"}
 
     another_machine()
     assert not Folder.of(bucket).path.exists()

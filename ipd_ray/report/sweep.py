@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ipd_ray.artifacts import Artifact, read_jsonl
+from ipd_ray.errors import UserError
 from ipd_ray.report import figures
 from ipd_ray.report.markup import escape, panel, panels_of, percent, remark
 from ipd_ray.report.page import write_page
@@ -201,10 +202,10 @@ def _curves(answer: Answer) -> str:
 
 def _score_curve(run: RunFolder) -> tuple[list[float], list[float]] | None:
     """Updates and mean return of the policies that a trial's distillation kept."""
-    link = run.links.get("evaluate")
-    if link is None or not (Path(link["path"]) / "artifact.json").is_file():
+    try:
+        curve = Artifact(run.artifact("evaluate")).diagnostics["curve"]
+    except UserError:  # not there
         return None
-    curve = Artifact(Path(link["path"])).diagnostics["curve"]
     return [float(p["step"]) for p in curve], [float(p["return_mean"]) for p in curve]
 
 
