@@ -86,6 +86,12 @@ class Node:
     gpus: float
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, node: Mapping[str, Any]) -> Node:
+        """Read one of ray.nodes()."""
+        offered = node["Resources"]
+        return cls(offered.get("CPU", 0.0), offered.get("GPU", 0.0), node["Labels"])
+
     def slots(self, threads: int, gpus: float) -> int:
         """Return how many workers of `threads` CPUs and `gpus` GPUs fit."""
         fit = int(self.cpus // threads)
@@ -120,8 +126,7 @@ class Cluster:
 
 def inspect() -> Cluster:
     """Return what the joined cluster is."""
-    alive = [(n["Resources"], n["Labels"]) for n in ray.nodes() if n["Alive"]]
-    return Cluster(tuple(Node(r.get("CPU", 0.0), r.get("GPU", 0.0), labels) for r, labels in alive), _autoscaled())
+    return Cluster(tuple(Node.of(node) for node in ray.nodes() if node["Alive"]), _autoscaled())
 
 
 def _autoscaled() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from ipd_ray.distributed.cluster import Node
+from ipd_ray.distributed.cluster import NODE_ID, Node
 
 ANSWER_SECONDS = 60.0
 """A worker that has to import torch on a busy machine takes a while."""
@@ -35,10 +35,8 @@ def members() -> list[Member]:
         if node["Alive"]:
             r = node["Resources"]
             name = f"{node['NodeManagerHostname']} ({node['NodeID'][:8]})"
-            offers = Node(r.get("CPU", 0.0), r.get("GPU", 0.0), node["Labels"])
-            found.append(Member(
-                node["NodeID"], name, offers, r.get("memory", 0.0), r.get("object_store_memory", 0.0)
-            ))
+            memory, store = r.get("memory", 0.0), r.get("object_store_memory", 0.0)
+            found.append(Member(node["NodeID"], name, Node.of(node), memory, store))
     return sorted(found, key=lambda member: member.name)
 
 
@@ -52,7 +50,7 @@ def on_every_node(
     """
     running = {}
     for member in members():
-        here, share = {"ray.io/node-id": member.id}, gpus if member.offers.gpus else 0.0
+        here, share = {NODE_ID: member.id}, gpus if member.offers.gpus else 0.0
         task: Any = ray.remote(num_cpus=0, num_gpus=share, max_retries=0, label_selector=here)(function)
         running[task.remote(*args)] = member
     ended, late = ray.wait(list(running), num_returns=len(running), timeout=seconds)

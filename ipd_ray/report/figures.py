@@ -297,6 +297,10 @@ def score_dots(
     return canvas.svg(alt)
 
 
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
 def intervals(
     points: Sequence[tuple[Any, float, float]], *, x: str, y: str, alt: str, percent: bool = False, log: bool = False
 ) -> str:
@@ -308,7 +312,7 @@ def intervals(
     with matplotlib.rc_context(_STYLE):
         ax = canvas.axes
         settings = list(dict.fromkeys(setting for setting, _, _ in points))
-        numbers = all(isinstance(s, int | float) and not isinstance(s, bool) for s in settings)
+        numbers = _are_numbers(settings)
         across = {s: float(s) if numbers else float(i) for i, s in enumerate(settings)}
         if numbers:
             settings.sort()
@@ -346,7 +350,7 @@ def parallel(
         columns = {**axes, score: scores}
         heights = []
         for i, values in enumerate(columns.values()):
-            numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+            numbers = _are_numbers(values)
             levels: list[Any] = sorted(set(values)) if numbers else list(dict.fromkeys(map(str, values)))
             place: dict[Any, float] = {v: k / max(len(levels) - 1, 1) for k, v in enumerate(levels)}
             if numbers and len(levels) > 6:  # drawn from a range
