@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def test_options_of_a_uri_reach_every_file(bucket: str, another_machine):
 
 def say(*words: str, cwd: Path) -> str:
     done = subprocess.run(
-        ["python", "-m", "ipd_ray.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "ipd_ray.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
