@@ -30,10 +30,10 @@ def submit(
 ) -> int:
     """Check a command, send it to the cluster, follow it; return the exit code. See `ipd-ray submit --help`."""
     root = working_dir.absolute()
-    words, settings, file = _checked(app, words, root)
+    words, settings, files = _checked(app, words, root)
     jobs = ray_part("jobs", "ipd-ray submit")
     environment, pins = jobs.values_of(env), jobs.pins() if pinned else []
-    parcel = jobs.Parcel.of(root, exclude, always=[file] if file else [])
+    parcel = jobs.Parcel.of(root, exclude, always=files)
     server = _server(address)
     if settings and settings.runtime.wandb == "online" and "WANDB_API_KEY" not in env:
         say("note: runtime.wandb=online, and no --env WANDB_API_KEY: the cluster must provide it itself")
@@ -59,12 +59,13 @@ def submit(
     return 0
 
 
-def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[str], RunConfig | None, Path | None]:
-    """Return the command as it will run, its settings and its config file, both where it has some.
+def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[str], RunConfig | None, list[Path]]:
+    """Return the command as it will run, its settings where it has some, and the files that it reads.
 
     Parsed as it would be here; run on Ray where it does not say. Raises UserError for what would fail at once.
     """
     from ipd_ray.checks import check_contradictions
+    from ipd_ray.sweep import check_points, common_settings, read_question
 
     group: Any = typer.main.get_command(app)
     try:
@@ -83,35 +84,39 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
     except UsageError as error:
         raise UserError(f"{' '.join(['ipd-ray', *words])}: {error.format_message()}") from None
     if "overrides" not in values:
-        return list(words), None, None
-    file = _config_file(values["config"], root)
-    overrides = list(values["overrides"] or ())
-    given = {word.partition("=")[0] for word in overrides}
-    if file:
-        given |= set(config_module.flatten(config_module.read_yaml(root / file)))
-    added = []
-    if "runtime.engine" not in given:
-        added.append("runtime.engine=ray")
-    settings = config_module.load(values["preset"], root / file if file else None, [*overrides, *added])
-    if settings.runtime.engine == "ray" and "runtime.address" not in given:
-        added.append("runtime.address=auto")
-    check_contradictions(settings)
+        return list(words), None, []
+    named = {"--config": values["config"], "QUESTION": values.get("question")}
+    files = {what: _travelling(what, file, root) for what, file in named.items() if file is not None}
+    config = root / files["--config"] if "--config" in files else None
+    preset = config_module.flatten(config_module.preset(values["preset"])) if values["preset"] else {}
+    overrides = config_module.parse_overrides(values["overrides"] or ())
+    points: list[RunConfig] = []
+    if "QUESTION" in files:
+        question = read_question(root / files["QUESTION"])
+        given = common_settings(question, preset, config, overrides)
+        points = check_points(question, given)
+    else:
+        given = {**preset, **(config_module.flatten(config_module.read_yaml(config)) if config else {}), **overrides}
+    added = {} if "runtime.engine" in given else {"runtime.engine": "ray"}
+    if {**given, **added}["runtime.engine"] == "ray" and "runtime.address" not in given:
+        added["runtime.address"] = "auto"
+    settings = config_module.build(given, added)
+    for one in points or [settings]:
+        check_contradictions(one)
     if not values.get("dry_run"):
         folder = next((name for name in ("run_dir", "sweep_dir") if name in values), None)
         _check_places(f"--{folder.replace('_', '-')}" if folder else "", values.get(folder or ""), settings)
-    return [*words, *added], settings, file
+    return [*words, *(f"{name}={value}" for name, value in added.items())], settings, list(files.values())
 
 
-def _config_file(path: Path | None, root: Path) -> Path | None:
-    """The config file, relative to the working directory, with which it travels."""
-    if path is None:
-        return None
-    try:
-        return (root / path).resolve().relative_to(root.resolve())
-    except ValueError:
+def _travelling(what: str, path: Path, root: Path) -> Path:
+    """A file that the command names, relative to the working directory, with which it travels."""
+    if path.is_absolute() or not (root / path).resolve().is_relative_to(root.resolve()):
         raise UserError(
-            f"--config {path} must lie in the --working-dir {root}: the job sees nothing else of this machine."
-        ) from None
+            f"{what} {path} must lie in the --working-dir {root} and be named relative to it: the job sees nothing "
+            "else of this machine."
+        )
+    return path
 
 
 def _check_places(option: str, folder: str | Path | None, settings: RunConfig) -> None:

@@ -118,7 +118,8 @@ def read_question(path: Path) -> Question:
     try:
         content = from_yaml(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: tune_configs/ holds sweeps to start from.") from None
+        near = near_name(path.name, [other.name for other in path.parent.glob("*.yaml")])
+        raise UserError(f"{path} does not exist: tune_configs/ holds sweeps to start from.{near}") from None
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping):

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -142,6 +143,11 @@ def refused(*words: str) -> str:
         (["run", "demo", "--run-dir", "/x", "runtime.store=store"], ["runtime.store=store", "absolute path"]),
         (["run", "demo", "--run-dir", "/x", "--config", "/elsewhere/a.yaml"], ["must lie in the --working-dir"]),
         (["run", "demo", "--run-dir", "/x", "--config", "none.yaml"], ["none.yaml does not exist"]),
+        (["tune", "gird.yaml", "--dataset", "demo", "--sweep-dir", "/x"], ["Did you mean 'grid.yaml'"]),
+        (["tune", "../grid.yaml", "--dataset", "demo", "--sweep-dir", "/x"], ["QUESTION ../grid.yaml must lie in the"]),
+        (["tune", "grid.yaml", "--dataset", "demo"], ["--sweep-dir", "absolute path"]),
+        (["tune", "grid.yaml", "--dataset", "demo", "--sweep-dir", "/x", "distill.eta=1"], ["distill.eta is swept"]),
+        (["tune", "grid.yaml", "--dataset", "demo", "--sweep-dir", "/x", "policy.contxt=1"], ["'policy.context'"]),
         (["run", "demo", "--run-dir", "/x"], [f"--address {NOWHERE}: no Ray dashboard", "Connection refused"]),
     ],
 )
@@ -149,6 +155,7 @@ def test_mistakes_in_the_command(
     words: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text("space: {distill.eta: [0.0, 0.5]}\n")
     said = refused("--", *words)
     assert [part for part in parts if part not in said] == [], said
 
@@ -300,6 +307,25 @@ def test_submitted_run_finishes_and_its_workers_have_the_credentials(head: Head)
     assert "whole: SUCCEEDED" in said and len(processes) >= 2  # the driver and the worker that evaluates
     summary = json.loads((head.shared / "runs" / "whole" / "summary.json").read_text())
     assert summary["policy"]["episodes"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_submitted_sweep_finishes(head: Head) -> None:
+    (head.place / "grid.yaml").write_text(
+        "space: {distill.imagined_ratio: [0.25, 0.5]}\nseeds: 1\nfinalists: 1\nobjective: imagined\nconcurrency: 2\n"
+    )
+    folder = head.shared / "sweeps" / "grid"
+    _, said = head.call(
+        "submit", "--no-pins", "--submission-id", "sweep", "--json", "--", "tune", "grid.yaml", "--dataset", LOG,
+        *SETTINGS, "choose.without_imagination=false", "--sweep-dir", str(folder),
+    )
+    assert "sweep: SUCCEEDED" in said
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(summary["ranking"]) == 2 and summary["failed"] == {}
+    made = Counter(p.parent.parent.name for p in (folder.parent / "store").glob("*/*/artifact.json"))
+    assert made["imagine"] == 1 and made["distill"] == 2
+    assert (folder / "report.html").exists() and (folder / "best.yaml").exists()
 
 
 @pytest.mark.ray
