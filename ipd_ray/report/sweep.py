@@ -170,7 +170,7 @@ def _parallel(answer: Answer) -> str:
     best = next(i for i, row in enumerate(done) if row is answer.best)
     alt = f"Parallel coordinates of {', '.join(answer.swept)} and {answer.measure}"
     drawn = figures.parallel(axes, [row.mean for row in done], best=best, score=answer.measure, alt=alt)
-    return panels_of([panel("", drawn)], wide=True)
+    return panel("", drawn)
 
 
 def _curves(answer: Answer) -> str:
