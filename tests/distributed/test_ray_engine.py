@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from small_runs import LOG, SETTINGS, ipd_ray, write_log
 
-from ipd_ray import testing
-from ipd_ray.config import RuntimeConfig
+from ipd_ray import run, testing
+from ipd_ray.artifacts import Artifact
+from ipd_ray.config import RuntimeConfig, load
 from ipd_ray.engine import Engine, LocalEngine, Task, TaskError
 from ipd_ray.errors import UserError
+from ipd_ray.runs import RunFolder
 
 pytestmark = pytest.mark.ray
 
@@ -51,6 +54,29 @@ def test_steps_run_side_by_side_and_one_that_is_killed_is_done_again(ray_cluster
     with pytest.raises(TaskError, match="values failed:"):
         engine.run_steps([Task("values", testing.fail, {"message": "no such column"})], lambda: None)
     engine.close()
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_share_the_cluster_and_come_to_what_each_comes_to_alone(ray_cluster: str, tmp_path: Path):
+    """Two CPUs, and each run asks for both, for its actors and for its distillation: neither waits for ever."""
+    write_log(tmp_path)
+    common = ["runtime.engine=ray", f"runtime.address={ray_cluster}", "runtime.actors=2", "runtime.workers=2"]
+    runs = {f"{seed}": [f"seed={seed}", "ablations=[]", *SETTINGS] for seed in (0, 1)}
+    started = {
+        name: ipd_ray("run", LOG, *words, *common, "--run-dir", f"ray/{name}", cwd=tmp_path,
+                      MINARI_DATASETS_PATH=str(tmp_path))
+        for name, words in runs.items()
+    }
+    for process in started.values():
+        _, said = process.communicate(timeout=280)
+        assert process.returncode == 0, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+        for name, words in runs.items():
+            run(LOG, load(overrides=words), run_dir=tmp_path / "local" / name, until="imagine")
+            found, alone = (RunFolder(tmp_path / where / name).artifact("imagine") for where in ("ray", "local"))
+            assert Artifact(found).digest == Artifact(alone).digest
+            assert RunFolder(tmp_path / "ray" / name).artifact("evaluate")
 
 
 def test_interrupt_leaves_nothing_running(ray_cluster, tiny_method, tmp_path: Path):
