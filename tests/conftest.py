@@ -12,6 +12,7 @@ os.environ.update(
 )
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ from ipd_ray.steps import (
 )
 
 PLACE = Place("cpu", 1, 30.0)
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, and so would be what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def point_mass(episodes: int = 12, length: int = 40, seed: int = 0) -> Transitions:
