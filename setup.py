@@ -20,7 +20,7 @@ setup(
         "numpy>=2.0",
         "packaging>=23.0",
         "optuna>=4.0",
-        "pyarrow>=17.0",
+        "pyarrow>=20.0",
         "pydantic>=2.9",
         "PyYAML>=6.0",
         # `default` brings the dashboard: `ray job` needs it, and so does Train inside Tune, which asks its State API

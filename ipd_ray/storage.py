@@ -46,6 +46,8 @@ def mirrors() -> Path:
 
 @lru_cache(maxsize=8)
 def _filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
+    if scheme == "s3" and "allow_delayed_open" not in query:  # a small file in one request, not in three
+        query = "&".join([*filter(None, [query]), "allow_delayed_open=true"])
     return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query and '?' + query}")[0]
 
 
