@@ -33,6 +33,8 @@ _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Precision = Literal["float32", "bfloat16"]
+"""bfloat16 rounds each factor to 3 digits, and is fast where the hardware knows it: AVX512-BF16, AMX, GPUs."""
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABELS = re.compile(rf"(?:(?:{_LABEL}/)?{_LABEL}={_LABEL}(?:,(?!$)|$))*")
@@ -88,6 +90,8 @@ class ValuesConfig(Section):
     steps of the log, which made policies fall (docs/notes.md)."""
     layer_norm: bool = True
     """LayerNorm in Q and V: bounds how far values run away off the data (Ball et al. 2023)."""
+    precision: Precision = "float32"
+    """Of the hidden layers' matrix products while they learn."""
 
 
 class WorldModelConfig(Section):
@@ -116,6 +120,8 @@ class WorldModelConfig(Section):
     """Updates between looks at the held-out episodes."""
     patience: PositiveInt = 8
     """Looks without a better hold-out error of any member after which training stops."""
+    precision: Precision = "float32"
+    """Of the hidden layers' matrix products while they learn."""
     termination: str = "learned"
     """`learned`: a head of the ensemble; `never`; `hopper` or `walker2d`: the environment's known rule; or
     `package.module:function`, taking next observations (B, O) to a boolean (B,)."""
@@ -178,9 +184,8 @@ class PlannerConfig(Section):
     disagreement_penalty: NonNegativeFloat = 0.0
     """Multiple of the std over the elites that is taken off a score: of the whole plan's (gradient) or of the value of
     its first step (mpc)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the matrix products inside a plan. bfloat16 is nearly twice as fast where the hardware knows it, and rounds
-    each factor to 3 digits; imagined steps themselves are float32."""
+    precision: Precision = "float32"
+    """Of the matrix products inside a plan; bfloat16 is nearly twice as fast. Imagined steps themselves are float32."""
 
 
 class ImagineConfig(Section):

@@ -49,21 +49,25 @@ class EnsembleMLP(nn.Module):
             self.norm_shift.extend(nn.Parameter(torch.zeros(members, 1, width)) for _ in range(layers))
         self._activation = {"relu": F.relu, "silu": F.silu}[activation]
 
-    def features(self, x_MBI: Tensor) -> Tensor:
-        """What the last layer is given, (M, B, width)."""
+    def forward(self, x_MBI: Tensor, outputs: int | None = None) -> Tensor:
+        """(M, B, in) to (M, B, out), or to the first `outputs` of them; float32 also where hidden layers are not."""
         for i, layer in enumerate(self.hidden):
             x_MBI = layer(x_MBI)
             if len(self.norm_scale):
                 x_MBI = _normed(x_MBI, self.norm_scale[i], self.norm_shift[i])
             x_MBI = self._activation(x_MBI)
-        return x_MBI
+        with torch.autocast(x_MBI.device.type, enabled=False):
+            return torch.baddbmm(self.out.bias[..., :outputs], x_MBI.float(), self.out.weight[..., :outputs])
 
-    def forward(self, x_MBI: Tensor) -> Tensor:
-        return self.out(self.features(x_MBI))
+
+def matrix_products(device: str, precision: str) -> torch.autocast:
+    """Matrix products of hidden layers take factors of this precision inside the block; weights stay float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _normed(x_MBI: Tensor, scale_M1I: Tensor, shift_M1I: Tensor) -> Tensor:
     """LayerNorm with scale and shift of each member's own: fused a member, which is faster than scaling all after."""
+    x_MBI = x_MBI.float()  # of bfloat16, its gradient is slow
     members = zip(x_MBI.unbind(), scale_M1I.unbind(), shift_M1I.unbind(), strict=True)
     normed = [F.layer_norm(x, x.shape[-1:], scale[0], shift[0]) for x, scale, shift in members]
     return torch.stack(normed) if len(normed) > 1 else normed[0][None]

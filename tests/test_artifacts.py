@@ -68,6 +68,7 @@ POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
     ("word", "changed"),
     [
         ("values.width=8", {"values", "imagine", *POLICIES}),
+        ("values.precision=bfloat16", {"values", "imagine", *POLICIES}),
         ("world_model.width=8", {"world_model", "imagine", "distill", "choose", "evaluate"}),
         ("planner.horizon=3", {"imagine", "distill", "choose", "evaluate"}),
         ("planner.precision=bfloat16", {"imagine", "distill", "choose", "evaluate"}),

@@ -98,6 +98,11 @@ TIERS = {
         SMALL_PRESETS, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
         about="presets as shipped for two cores; peers 20,000 updates (Decision Transformer 5,000)",
     ),
+    "unseen": Tier(
+        {"reacher": "demo", "": "gym-small"}, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
+        ("unseen/reacher/mixed-v0", "unseen/double-pendulum/mixed-v0", "unseen/walker2d/mixed-v0"),
+        about="sets that unseen.py makes, on which nothing was ever chosen; presets as shipped",
+    ),
     "short": Tier(
         SMALL_PRESETS, (0, 1, 2), {"": 20_000},
         ("bench/hopper/mixed-v0", "bench/pendulum/medium-v0"), {"distill.updates": 20_000},

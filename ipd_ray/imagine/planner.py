@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ipd_ray.config import PlannerConfig
+from ipd_ray.layers import matrix_products
 
 
 class Dynamics(Protocol):
@@ -77,7 +78,7 @@ def plan(
     (MPPI). The first candidate of each elite carries no noise.
     precision=bfloat16: matrix products take bfloat16; states and scores stay float32.
     """
-    with torch.autocast(observation_BO.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+    with matrix_products(observation_BO.device.type, config.precision):
         if config.kind == "gradient":
             chunk = max(1, GRADIENT_ROWS // dynamics.elites)
             plans = [_gradient(part, dynamics, values, config, discount) for part in observation_BO.split(chunk)]

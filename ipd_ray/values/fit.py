@@ -20,7 +20,7 @@ from ipd_ray.artifacts import (
 )
 from ipd_ray.config import ValuesConfig
 from ipd_ray.data.transitions import Log, rank_correlation
-from ipd_ray.layers import EnsembleMLP, block_generator
+from ipd_ray.layers import EnsembleMLP, block_generator, matrix_products
 from ipd_ray.training import exhaust, train
 from ipd_ray.values.losses import advantage_weights, expectile_loss
 from ipd_ray.values.networks import ValueFunctions
@@ -100,27 +100,28 @@ class ValueTrainer:
 
     def update(self, step: int) -> dict[str, Tensor]:
         config, model = self._config, self.model
-        s, a, s_n, r_n, weight_n, partial, weight, s_end = self._batch(step)
-        sa = torch.cat([s, a], 1).expand(2, -1, -1)
-        with torch.no_grad():
-            # y = r_n + gamma^n (1 - done) V(s_n) in units of the returns' spread, V = offset + v there
-            y = r_n + weight_n * (model.v_net(s_n[None])[0] + self._offset) - self._offset
-            q_min = self._target_net(sa).amin(0)
-        q = model.q_net(sa)
-        v = model.v_net(s[None])[0]
-        q_loss = (q - y).square().mean(1).sum()
-        v_loss = expectile_loss(q_min, v, tau=config.expectile, huber=config.loss == "huber")
-        advantage = y - v.detach()  # of what the log went on to bring: Q's own is mostly its error (docs/notes.md)
-        action = torch.tanh(model.behaviour_net(s[None])[0])
-        weights = advantage_weights(advantage, temperature=config.advantage_temperature)
-        behaviour_loss = (weights * (action - a).square()).sum(1).mean()
-        loss = q_loss + v_loss + behaviour_loss
-        if step % 4 == 0:
+        with matrix_products(self._device, config.precision):
+            s, a, s_n, r_n, weight_n, partial, weight, s_end = self._batch(step)
+            sa = torch.cat([s, a], 1).expand(2, -1, -1)
             with torch.no_grad():
-                returns = partial + weight * (model.v_net(s_end[None])[0] + self._offset)
-            expectiles = model.return_net(s[None])[0]
-            loss = loss + expectile_loss(returns, expectiles[:, :1], tau=0.5)
-            loss = loss + expectile_loss(returns, expectiles[:, 1:], tau=config.prompt_expectile)
+                # y = r_n + gamma^n (1 - done) V(s_n) in units of the returns' spread, V = offset + v there
+                y = r_n + weight_n * (model.v_net(s_n[None])[0] + self._offset) - self._offset
+                q_min = self._target_net(sa).amin(0)
+            q = model.q_net(sa)
+            v = model.v_net(s[None])[0]
+            q_loss = (q - y).square().mean(1).sum()
+            v_loss = expectile_loss(q_min, v, tau=config.expectile, huber=config.loss == "huber")
+            advantage = y - v.detach()  # of what the log went on to bring: Q's own is mostly its error (docs/notes.md)
+            action = torch.tanh(model.behaviour_net(s[None])[0])
+            weights = advantage_weights(advantage, temperature=config.advantage_temperature)
+            behaviour_loss = (weights * (action - a).square()).sum(1).mean()
+            loss = q_loss + v_loss + behaviour_loss
+            if step % 4 == 0:
+                with torch.no_grad():
+                    returns = partial + weight * (model.v_net(s_end[None])[0] + self._offset)
+                expectiles = model.return_net(s[None])[0]
+                loss = loss + expectile_loss(returns, expectiles[:, :1], tau=0.5)
+                loss = loss + expectile_loss(returns, expectiles[:, 1:], tau=config.prompt_expectile)
         self._optimizer.param_groups[1]["lr"] = (
             config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / config.updates))
         )

@@ -50,9 +50,8 @@ class Ensemble(nn.Module):
 
     def means(self, inputs_MBI: Tensor) -> Tensor:
         """Mean (M, B, D) in normalised units, of normalised inputs: `heads` without the variance."""
-        D = self.observation_dim + 1
-        out = self.net.out
-        return torch.baddbmm(out.bias[..., :D], self.net.features(inputs_MBI), out.weight[..., :D])
+        mean: Tensor = self.net(inputs_MBI, outputs=self.observation_dim + 1)
+        return mean
 
     def heads(self, inputs_MBI: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (M, B, D) in normalised units, of normalised inputs."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
 from ipd_ray.data.transitions import Log, floored_std, rank_correlation
-from ipd_ray.layers import block_generator
+from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
@@ -91,14 +91,15 @@ class WorldModelTrainer:
     def update(self, step: int) -> dict[str, Tensor]:
         config = self._config
         inputs, target = self._batch(step)
-        mean, log_variance = self.model.heads(inputs)
-        square = (mean - target).square()
-        nll = square * torch.exp(-log_variance) + log_variance
-        weighted = (nll * torch.exp(config.variance_power * log_variance.detach())).mean((1, 2)).sum()
-        bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
-        loss = weighted + 0.01 * bounds
-        if self._learn_termination:
-            loss = loss + self._termination_loss(step)
+        with matrix_products(self._device, config.precision):
+            mean, log_variance = self.model.heads(inputs)
+            square = (mean - target).square()
+            nll = square * torch.exp(-log_variance) + log_variance
+            weighted = (nll * torch.exp(config.variance_power * log_variance.detach())).mean((1, 2)).sum()
+            bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
+            loss = weighted + 0.01 * bounds
+            if self._learn_termination:
+                loss = loss + self._termination_loss(step)
         rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
         for group in self._optimizer.param_groups:
             group["lr"] = rate

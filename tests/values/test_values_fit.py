@@ -71,6 +71,16 @@ def test_both_critics_learn_the_value_of_an_action():
     assert torch.allclose(q, torch.tensor([2.0, 1.5, 1.0]).expand(2, -1), atol=0.15)
 
 
+def test_learning_in_bfloat16_comes_to_the_same_values():
+    log, exact = chain()
+    rounded = learned(log, expectile=0.5, precision="bfloat16")
+    assert not torch.equal(exact.v_net.out.weight, rounded.v_net.out.weight)
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    states = torch.from_numpy(np.stack([LOOP, FIRST, LAST]))
+    assert torch.allclose(rounded.v(states), torch.tensor([2.0, 1.5, 1.0]), atol=0.1)
+    assert torch.allclose(rounded.v(states), exact.v(states), atol=0.1)
+
+
 def test_returns_are_bootstrapped_after_a_time_out_alone():
     # gamma 0.5 and V = 8: 1 + .5 + .25 + 8 / 8, 1 + .5 + 8 / 4, 1 + 8 / 2; terminated: 1 + .5, 1.
     log = chain()[0]

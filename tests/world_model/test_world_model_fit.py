@@ -80,6 +80,14 @@ def test_it_predicts_held_out_steps_down_to_the_noise():
     assert shown["rmse"] < 1.3 * noise_share(log)
 
 
+def test_learning_in_bfloat16_predicts_as_well(tmp_path: Path):
+    log, exact, shown, _ = learned()
+    model, rounded, _ = fit(log, tmp_path, precision="bfloat16")
+    assert not torch.equal(next(exact.parameters()), next(model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert rounded["rmse"] < 1.02 * shown["rmse"]
+
+
 def test_it_knows_how_noisy_the_world_is():
     # In units of the spread of dv, the variance of v' is NOISE^2 / spread^2.
     log, model, _, _ = learned()
