@@ -119,14 +119,17 @@ def values(options: Mapping[str, Any]) -> Work:
     steps."""
     from ipd_ray.values.fit import ValueTrainer
 
-    log, config = log_of(STEPS), RunConfig(values=ValuesConfig(updates=10**9))
+    precision = options.get("precision", "float32")
+    log, config = log_of(STEPS), RunConfig(values=ValuesConfig(updates=10**9, precision=precision))
     trainer = ValueTrainer(log, config.values, 0, options["device"])
     return training(trainer, 10**9, 1, options, 20, {"flops": operations("values", config, sizes_of(log))})
 
 
 def _world_model_config(options: Mapping[str, Any]) -> WorldModelConfig:
-    members = options.get("members", 7)
-    return WorldModelConfig(members=members, elites=members, max_updates=10**9, eval_every=10**9, termination="never")
+    members, precision = options.get("members", 7), options.get("precision", "float32")
+    return WorldModelConfig(
+        members=members, elites=members, max_updates=10**9, eval_every=10**9, termination="never", precision=precision
+    )
 
 
 def world_model(options: Mapping[str, Any]) -> Work:
