@@ -15,7 +15,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 3
+VERSION = 4
 _STREAM = 77
 _RANGE = 0.05
 """Share of the log's range by which an imagined state may lie outside it; it is held there."""
@@ -83,10 +83,11 @@ def imagined_returns(
     total = torch.zeros(N, device=device)
     poorest = float(np.quantile(log.reward, 0.01))
     length = min(config.length, int(t.episode_length.max()))
+    earned: Floats | None = None
     policy.reset()
     for k in range(length):
         generator = block_generator(seed, _STREAM, k)
-        action = torch.from_numpy(t.spec.rescale_action(policy.act(s.cpu().numpy()))).to(device)
+        action = torch.from_numpy(t.spec.rescale_action(policy.act(s.cpu().numpy(), earned))).to(device)
         noise = torch.randn(action.shape, generator=generator).to(device)
         action = (action + config.noise_std * noise).clamp(-1.0, 1.0)
         gaussians = dynamics.step_together(s, action)[3]
@@ -99,7 +100,9 @@ def imagined_returns(
         following, reward, ended = dynamics.step(
             s[order].reshape(E, N // E, -1), action[order].reshape(E, N // E, -1)
         )
-        total += torch.where(alive, reward.reshape(N)[back], 0.0)
+        reward = reward.reshape(N)[back]
+        total += torch.where(alive, reward, 0.0)
+        earned = (reward / log.reward_scale).cpu().numpy()
         alive &= ended.reshape(N)[back] <= 0.5
         following = torch.minimum(torch.maximum(following.reshape(N, -1)[back], least), most)
         s = torch.where(alive[:, None], following, s)

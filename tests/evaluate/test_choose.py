@@ -61,6 +61,19 @@ def test_returns_by_hand():
     assert returns.tolist() == [10.0] * 4 and (ended, halted) == (0.0, 0.0)
 
 
+def test_policies_hear_what_they_earn_in_raw_units():
+    # prompt=fixed lowers its target by it.
+    heard: list[Any] = []
+
+    class Hears(Always):
+        def act(self, observation: Any, reward: Any = None) -> np.ndarray:
+            heard.append(reward)
+            return super().act(observation)
+
+    play(0.1, Line(lambda s, s2: s2), line_log(scale=0.5), policy=Hears(0.1))
+    assert heard[0] is None and heard[1].tolist() == pytest.approx([0.2, 0.2, 0.4, 0.4])
+
+
 def test_states_are_held_near_the_range_of_the_log():
     # The log lies in [0, 1]; 5 % over it is where a policy that runs away is held.
     world = Line(lambda s, s2: torch.ones_like(s))
