@@ -308,8 +308,7 @@ def tune_command(
     from ipd_ray.sweep import common_settings, read_question
 
     asked = read_question(question)
-    base = config_module.flatten(config_module.preset(preset)) if preset else {}
-    common = common_settings(asked, base, config, config_module.parse_overrides(overrides or ()))
+    common = common_settings(asked, config_module.given(preset), config, config_module.parse_overrides(overrides or ()))
     ray_engine()
     from ipd_ray.distributed.sweep import sweep
     from ipd_ray.listeners import terminal

@@ -88,15 +88,15 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
     named = {"--config": values["config"], "QUESTION": values.get("question")}
     files = {what: _travelling(what, file, root) for what, file in named.items() if file is not None}
     config = root / files["--config"] if "--config" in files else None
-    preset = config_module.flatten(config_module.preset(values["preset"])) if values["preset"] else {}
-    overrides = config_module.parse_overrides(values["overrides"] or ())
+    overrides = list(values["overrides"] or ())
     points: list[RunConfig] = []
     if "QUESTION" in files:
         question = read_question(root / files["QUESTION"])
-        given = common_settings(question, preset, config, overrides)
+        preset = config_module.given(values["preset"])
+        given = common_settings(question, preset, config, config_module.parse_overrides(overrides))
         points = check_points(question, given)
     else:
-        given = {**preset, **(config_module.flatten(config_module.read_yaml(config)) if config else {}), **overrides}
+        given = config_module.given(values["preset"], config, overrides)
     added = {} if "runtime.engine" in given else {"runtime.engine": "ray"}
     if {**given, **added}["runtime.engine"] == "ray" and "runtime.address" not in given:
         added["runtime.address"] = "auto"

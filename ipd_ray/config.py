@@ -571,11 +571,18 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
 
 def load(preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the config of a preset, a file over it, and dotted overrides over both."""
-    return build(
-        flatten(preset(preset_name)) if preset_name else {},
-        flatten(read_yaml(path)) if path else {},
-        parse_overrides(overrides),
-    )
+    return build(given(preset_name, path, overrides))
+
+
+def given(
+    preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return {dotted name: value} of what a user said: a preset, a file over it, and overrides over both."""
+    return {
+        **(flatten(preset(preset_name)) if preset_name else {}),
+        **(flatten(read_yaml(path)) if path else {}),
+        **parse_overrides(overrides),
+    }
 
 
 def _explain(error: Any, given: Mapping[str, Any]) -> str:
