@@ -214,6 +214,7 @@ _step_command("run", "evaluate", """The whole method: values, world model, imagi
 What is finished is reused, what was stopped goes on, and a changed setting redoes only what depends on it.""")
 _step_command("values", "values", "Step 1 of a run alone: V, Q and a behaviour policy.")
 _step_command("world-model", "world_model", "A run up to step 2: the values and the world model.")
+_step_command("actor", "actor", "A run up to the actor that learns inside the world model (planner.kind=actor).")
 _step_command("imagine", "imagine", "A run up to steps 3 and 4: start states, and segments imagined from them.")
 _step_command("distill", "distill", "A run up to step 5: the policy, and those that it is chosen from.")
 _step_command("choose", "choose", "A run up to step 6: the policy that does best inside the world model.")

@@ -165,14 +165,15 @@ class SelectConfig(Section):
 class PlannerConfig(Section):
     """Step 4, MPC inside the world model."""
 
-    kind: Literal["gradient", "mpc", "greedy_q"] = "mpc"
+    kind: Literal["actor", "gradient", "mpc", "greedy_q"] = "mpc"
     """mpc: the paper's, plans are sampled; gradient: MPC whose plans climb the gradient of the score, through world
-    model and V; greedy_q: the sample with the best Q(s, a), no look-ahead (the control). Gradient plans are stronger
-    and teach a policy more, which pays where nothing can fall and harms on Hopper (docs/notes.md)."""
+    model and V; actor: a network climbs that score for all states at once, beforehand (section actor); greedy_q: the
+    sample with the best Q(s, a), no look-ahead (the control). What an actor does, a policy can learn; gradient plans
+    are too jagged for that where episodes can end early (docs/notes.md)."""
     iterations: PositiveInt = 6
     """Steps of the climb (gradient)."""
     reach: Annotated[float, Field(gt=0.0, le=2.0)] = 0.3
-    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (gradient)."""
+    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (actor, gradient)."""
     candidates: PositiveInt = 256
     """N, action sequences a step and state (mpc, greedy_q). Rounded up to a multiple of world_model.elites."""
     horizon: PositiveInt = 5
@@ -186,6 +187,39 @@ class PlannerConfig(Section):
     its first step (mpc)."""
     precision: Precision = "float32"
     """Of the matrix products inside a plan; bfloat16 is nearly twice as fast. Imagined steps themselves are float32."""
+
+
+class ActorConfig(Section):
+    """Step 3, the actor that learns the planner's score by heart inside the world model (planner.kind=actor)."""
+
+    rounds: PositiveInt = 20
+    """Times that the actor is rolled out, V learns what came of it, and the actor climbs the score with that V."""
+    starts: PositiveInt = 1000
+    """States rolled out a round, rounded up to a multiple of world_model.elites."""
+    length: PositiveInt = 100
+    """Imagined steps of each."""
+    discount: OpenFraction = 0.997
+    """gamma of the actor's score and of its V. Larger than data.discount: an end that is 400 steps away costs next to
+    nothing at 0.99, and speed pays at once."""
+    carried: Fraction = 0.5
+    """Share of the roll-outs that go on where others of the round before ended, so that the actor learns where it gets
+    to; the others start at states of the log."""
+    noise_std: Fraction = 0.1
+    """Std of Gaussian noise on the actions of every second roll-out, in rescaled action units."""
+    trace: Fraction = 0.98
+    """lambda of the returns that V learns: 0 asks V after one step, 1 only at the end."""
+    value_updates: PositiveInt = 300
+    """Gradient updates of V a round."""
+    updates: PositiveInt = 200
+    """Gradient updates of the actor a round."""
+    batch_size: PositiveInt = 256
+    """States an update of the actor, shared among the elites."""
+    learning_rate: PositiveFloat = 3e-4
+    """Adam's step size for the actor."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.998
+    """Decay of the moving average of the actor's weights, which is what is rolled out."""
+    episodes: PositiveInt = 60
+    """Whole episodes that each round's actor plays inside the world model; the best round is kept."""
 
 
 class ImagineConfig(Section):
@@ -400,6 +434,7 @@ class RunConfig(Section):
     world_model: WorldModelConfig = WorldModelConfig()
     select: SelectConfig = SelectConfig()
     planner: PlannerConfig = PlannerConfig()
+    actor: ActorConfig = ActorConfig()
     imagine: ImagineConfig = ImagineConfig()
     accept: AcceptConfig = AcceptConfig()
     policy: PolicyConfig = PolicyConfig()

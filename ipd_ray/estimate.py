@@ -23,9 +23,9 @@ from ipd_ray.data.columns import columns_file
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import Context, Part, state_of, train_threads
 
-EFFICIENCY = {"values": 0.4, "world_model": 0.36, "imagine": 0.6, "distill": 0.4}
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
-OPERATIONS = {"values": 700, "world_model": 200, "distill": 1200}
+OPERATIONS = {"values": 700, "world_model": 200, "actor": 400, "distill": 1200}
 """Small operations an update."""
 SECOND_CORE = 0.8
 """What each further thread of distillation adds, in threads."""
@@ -230,6 +230,10 @@ class _Weights:
         )
 
     @property
+    def actor(self) -> int:
+        return 2 * self.behaviour
+
+    @property
     def values(self) -> int:
         return 2 * self.q + self.v + self.returns + self.behaviour
 
@@ -251,6 +255,8 @@ def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
         return 6.0 * config.world_model.batch_size * (config.world_model.members * w.model + w.termination)
     if step == "plan":
         elites, planner = config.world_model.elites, config.planner
+        if planner.kind == "actor":
+            return 2.0 * w.actor
         plans = elites * -(-planner.candidates // elites)
         if planner.kind == "greedy_q":
             return 2.0 * (w.behaviour + 2 * plans * w.q)
@@ -276,6 +282,16 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         each = _update("world_model", operations("world_model", config, sizes), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
+    if step == "actor":
+        a, elites = config.actor, config.world_model.elites
+        rate = speed.product(elites, a.batch_size // elites, config.world_model.width)
+        look = config.planner.horizon * (w.model + w.termination + w.actor) + w.v
+        climbed = a.updates * _update("actor", 4.0 * a.batch_size * look, rate, speed)
+        walked = (elites + 1) * w.model + w.termination + w.actor
+        rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
+        learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
+        played = min(sizes.longest, 1000) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
+        return a.rounds * (climbed + rolled + learned + played)
     if step == "imagine":
         elites = config.world_model.elites
         planned = operations("plan", config, sizes) + 2.0 * elites * w.model
@@ -317,13 +333,18 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         m = config.world_model
         return log + 4.0 * steps * (2 * o + a + 1) * 3 + 8.0 * steps * m.members + 4.0 * 6 * m.members * w.model
+    if step == "actor":  # roll-outs, and every activation of the climb
+        c, m = config.actor, config.world_model
+        climb = c.batch_size * config.planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
+        return log + 4.0 * (c.starts * c.length * (o + 6) * 3 + climb + steps)
     if step == "imagine":
         m, elites = config.world_model, config.world_model.elites
         width, planner = max(m.width, config.values.width), config.planner
         if planner.kind == "gradient":  # every activation of a plan is kept
             rows = min(config.imagine.shard_size * elites, GRADIENT_ROWS)
             return log + 4.0 * rows * planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
-        rows = config.imagine.shard_size * elites * -(-planner.candidates // elites)
+        plans = 1 if planner.kind == "actor" else -(-planner.candidates // elites)
+        rows = config.imagine.shard_size * elites * plans
         return log + 4.0 * (rows * a * planner.horizon + min(rows, CACHED_ROWS) * (3 * o + 4 * width))
     if step == "distill":
         p, d = config.policy, config.distill
@@ -346,6 +367,8 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
         return 4.0 * (w.values * 5)
     if step == "world_model":
         return 4.0 * (config.world_model.members * w.model * 5 + w.termination + 3 * sizes.held)
+    if step == "actor":
+        return 4.0 * (6 * w.actor + 3 * w.v + config.actor.starts * sizes.observation)
     if step == "imagine":
         return _segment_bytes(config, sizes)
     if step == "distill":

@@ -23,6 +23,7 @@ from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes, fitted_q
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.imagine import actor as actor_fit
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
@@ -31,6 +32,7 @@ from ipd_ray.steps import (
     Place,
     finish_imagination,
     gate_of,
+    run_actor,
     run_choose,
     run_evaluate,
     run_fitted_q,
@@ -45,7 +47,7 @@ from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
 IMAGINE_VERSION = 3
-STEPS = ("values", "world_model", "imagine", "distill", "choose", "fitted_q", "evaluate")
+STEPS = ("values", "world_model", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -99,14 +101,15 @@ class Parts:
             {"data": c.data, "world_model": c.world_model},
             data,
         )
-        self.imagine = Part(
-            "imagine",
-            "imagine",
-            IMAGINE_VERSION,
-            c.seed,
-            {"select": c.select, "planner": c.planner, "imagine": c.imagine},
-            {"values": self.values.key, "world_model": self.world_model.key},
-        )
+        learned = {"values": self.values.key, "world_model": self.world_model.key}
+        self.actor: Part | None = None
+        """None where plans are found anew for each state."""
+        if c.planner.kind == "actor":
+            about: dict[str, Any] = {"actor": c.actor, "planner": c.planner, "uncertainty": c.imagine.uncertainty}
+            self.actor = Part("actor", "actor", actor_fit.VERSION, c.seed, about, learned)
+            learned = {**learned, "actor": self.actor.key}
+        sections = {"select": c.select, "planner": c.planner, "imagine": c.imagine}
+        self.imagine = Part("imagine", "imagine", IMAGINE_VERSION, c.seed, sections, learned)
         self._choice_is_wide = c.choose.without_imagination
         self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
         self.distill: dict[str, Part] = {}
@@ -122,7 +125,7 @@ class Parts:
         if c.choose.episodes > 0:
             candidates = {name: self.distill[name].key for name in self.candidates}
             upstream = {"world_model": self.world_model.key, **candidates}
-            about: dict[str, Any] = {"choose": c.choose, "uncertainty": c.imagine.uncertainty}
+            about = {"choose": c.choose, "uncertainty": c.imagine.uncertainty}
             self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, about, upstream)
         self.fitted_q: Part | None = None
         """None where it is not asked for."""
@@ -154,7 +157,7 @@ class Parts:
 
     def until(self, last: str) -> list[Part]:
         """All parts that a run up to and including a step needs, in order."""
-        ahead, order = [self.world_model, self.imagine], STEPS.index(last)
+        ahead, order = [self.world_model, *([self.actor] if self.actor else []), self.imagine], STEPS.index(last)
         if order >= STEPS.index("distill") and not self._imagines:
             ahead = [self.world_model] if order > STEPS.index("distill") and self.choose else []
         after = [part for part in (self.choose, self.fitted_q) if part]
@@ -224,6 +227,8 @@ def run_until(context: Context, last: str = "evaluate") -> None:
     """The method. Each step is reused where its key is in the store."""
     needed = {part.step for part in context.parts.until(last)}
     learn_values_and_world_model(context, also_world_model="world_model" in needed)
+    if "actor" in needed:
+        learn_actor(context)
     if "imagine" in needed:
         imagine(context)
     for variant in variants(context.config) if "distill" in needed else ():
@@ -265,6 +270,21 @@ def learn_values_and_world_model(context: Context, also_world_model: bool = True
     context.obtain(parts, compute)
 
 
+def learn_actor(context: Context) -> None:
+    """Step 3, where planner.kind=actor."""
+    config, part = context.config, context.parts.actor
+    assert part is not None  # part of the run
+    _obtain_alone(context, part, run_actor, lambda: {
+        "log": context.log,
+        "values": context.path(context.parts.values),
+        "world_model": context.path(context.parts.world_model),
+        "planner": config.planner,
+        "config": config.actor,
+        "uncertainty": config.imagine.uncertainty,
+        "seed": config.seed,
+    })
+
+
 def imagine(context: Context) -> None:
     """Steps 3 and 4: choose starts, plan from them, one shard a task. Shards that are there are not made again."""
     config, part = context.config, context.parts.imagine
@@ -290,7 +310,8 @@ def imagine(context: Context) -> None:
             config.accept, context.log, shared["values"], world_model, uncertainty=config.imagine.uncertainty,
             regret_share=config.select.regret_share, length=config.imagine.length, device=context.device,
         )
-        arguments = {**shared, "world_model": world_model, "planner": config.planner, "gate": gate}
+        actor = context.path(context.parts.actor) if context.parts.actor else None
+        arguments = {**shared, "world_model": world_model, "planner": config.planner, "actor": actor, "gate": gate}
         tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
         progress = ShardProgress(done, len(specs), context.engine.crew, context.listener)
         failed = context.engine.map_shards(tasks, lambda _, shard: progress.add(shard), progress.tick)

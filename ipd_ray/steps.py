@@ -16,6 +16,7 @@ import torch
 from ipd_ray.artifacts import Artifact, Workspace, prefixed
 from ipd_ray.config import (
     AcceptConfig,
+    ActorConfig,
     ChooseConfig,
     DataConfig,
     DistillConfig,
@@ -48,6 +49,7 @@ from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
+from ipd_ray.imagine.actor import Actor, ActorTrainer, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.storage import Folder
@@ -138,6 +140,63 @@ def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConf
     fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
 
 
+def known_threshold(world_model: str, uncertainty: str, known: float) -> float:
+    """U that a share `known` of the held-out steps stays under."""
+    return float(np.quantile(holdout_uncertainty(world_model, uncertainty), known))
+
+
+@lru_cache(maxsize=1)
+def actor_of(path: str, device: str) -> Actor:
+    """The actor of step 3, kept in this process."""
+    artifact = Artifact(path)
+    return load_actor(artifact.tensors(), artifact.described, device)
+
+
+def run_actor(
+    work: str, place: Place, log: LogRef, values: str, world_model: str, planner: PlannerConfig, config: ActorConfig,
+    uncertainty: str, seed: int,
+) -> None:
+    """Step 3, where planner.kind=actor."""
+    workspace, data, device = place.workspace(work), log.load(), place.device
+    behaviour, dynamics = values_of(values, device), world_model_of(world_model, device)
+    judge = ChooseConfig(episodes=config.episodes, length=1000)
+    known: dict[str, Any] = {
+        "uncertainty": uncertainty, "threshold": known_threshold(world_model, uncertainty, judge.known), "seed": seed,
+        "device": device,
+    }
+
+    def play(actor: Actor) -> tuple[Floats, float, float]:
+        return imagined_returns(_Memoryless(actor, data, device), data, dynamics, judge, **known)
+
+    def imagined_return(actor: Actor) -> float:
+        return float(play(actor)[0].mean())
+
+    trainer = ActorTrainer(data, behaviour, dynamics, planner, config, judge=imagined_return, **known)
+    actor = learn_actor(trainer, config, workspace)
+    returns, ended, halted = play(actor)
+    workspace.finish(actor.state_dict(), {
+        "round": trainer.best_round, "behaviour_return": trainer.behaviour_return,
+        "return_mean": float(returns.mean()), "return_sem": float(returns.std() / np.sqrt(len(returns))),
+        "ended": ended, "halted": halted,
+    }, actor=actor.sizes)
+
+
+@dataclass(frozen=True)
+class _Memoryless:
+    """What acts on states alone, as a player of whole episodes."""
+
+    acts: Actor
+    log: Log
+    device: str
+
+    def reset(self, mask: Any = None) -> None:
+        """Nothing is remembered."""
+
+    def act(self, observation: Any, reward: Any = None) -> Any:
+        action = self.acts.act(torch.from_numpy(observation).to(self.device))
+        return self.log.transitions.spec.unscale_action(action.cpu().numpy())
+
+
 def run_select(
     work: str, place: Place, log: LogRef, values: str, select: SelectConfig, imagine: ImagineConfig, seed: int
 ) -> list[ShardSpec]:
@@ -199,6 +258,7 @@ def run_shard(
     imagine: ImagineConfig,
     seed: int,
     spec: ShardSpec,
+    actor: str | None = None,
     gate: Gate | None = None,
 ) -> dict[str, Any]:
     """Step 4: imagine one shard and write it; return its manifest entry, and with `gate` how many it would accept."""
@@ -212,6 +272,7 @@ def run_shard(
         imagine,
         seed=seed,
         device=place.device,
+        actor=actor_of(actor, place.device) if actor else None,
     )
     gain = segments.reward.sum(1) - segments.own_reward.sum(1)
     summary = {
@@ -402,7 +463,7 @@ def run_choose(
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
     data, dynamics = log.load(), world_model_of(world_model, place.device)
-    threshold = float(np.quantile(holdout_uncertainty(world_model, uncertainty), config.known))
+    threshold = known_threshold(world_model, uncertainty, config.known)
     policies = [
         (variant, artifact, step, tensors)
         for variant, artifact in ((name, Artifact(path)) for name, path in distilled.items())

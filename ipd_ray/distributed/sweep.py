@@ -298,7 +298,7 @@ class _Work:
         until = None
         for step, sections in (
             ("values", {"data", "values"}), ("world_model", {"world_model"}),
-            ("imagine", {"select", "planner", "imagine"}),
+            ("imagine", {"select", "planner", "actor", "imagine"}),
         ):
             if swept & sections:
                 break

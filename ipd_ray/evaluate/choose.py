@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
-from ipd_ray.evaluate.acting import Policy
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
@@ -19,6 +18,14 @@ VERSION = 4
 _STREAM = 77
 _RANGE = 0.05
 """Share of the log's range by which an imagined state may lie outside it; it is held there."""
+
+
+class Player(Protocol):
+    """What is asked of a policy; see `acting.Policy`."""
+
+    def reset(self, mask: Any = None) -> None: ...
+
+    def act(self, observation: Any, reward: Any = None) -> Any: ...
 
 
 class Dynamics(Protocol):
@@ -53,7 +60,7 @@ def simplest_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance:
 
 @torch.no_grad()
 def imagined_returns(
-    policy: Policy,
+    policy: Player,
     log: Log,
     dynamics: Dynamics,
     config: ChooseConfig,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ipd_ray.config import ImagineConfig, PlannerConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
+from ipd_ray.imagine.actor import Actor
 from ipd_ray.imagine.planner import Dynamics, Values, plan
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
@@ -56,12 +57,13 @@ def imagine_shard(
     *,
     seed: int,
     device: str,
+    actor: Actor | None = None,
     replay: bool = False,
 ) -> Segments:
     """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
 
-    Noise is keyed by (seed, shard, step). replay: take the log's own actions instead of planned ones (the test of
-    acceptance: hardly any such segment may pass).
+    Noise is keyed by (seed, shard, step). actor: acts instead of a plan, where planner.kind=actor. replay: take the
+    log's own actions instead of planned ones (the test of acceptance: hardly any such segment may pass).
     """
     L, t = imagine.length, log.transitions
     s = torch.from_numpy(t.observation[spec.index]).to(device)
@@ -72,6 +74,8 @@ def imagine_shard(
         if replay:
             at = np.minimum(spec.index + k, log.episode_end[spec.index])
             action = torch.from_numpy(t.action[at]).to(device)
+        elif actor is not None:
+            action = actor.act(s)
         else:
             action = plan(s, dynamics, values, planner, discount=log.discount, generator=generator).action
         following, reward, ended, gaussians = dynamics.step_together(s, action)

@@ -39,14 +39,14 @@ class Section:
 def _curve_section(view: View) -> str:
     panels = []
     variants = [name for name in view.curves if name.partition(":")[0] == "distill"]
-    for part in ("values", "world_model", "imagine"):
+    for part in ("values", "world_model", "actor", "imagine"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}
         for name in _metrics(rows):
             series = _series(rows, name)
             (positive if min(series[1]) > 0 else signed)[name] = series
-        across = "shards" if part == "imagine" else "updates"
+        across = {"actor": "rounds", "imagine": "shards"}.get(part, "updates")
         for group in (positive, signed):
             if group:
                 what = ", ".join(group)

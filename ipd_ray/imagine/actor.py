@@ -1,0 +1,300 @@
+"""Step 3: an actor that learns the planner's score by heart. Shapes: E elites, N rows, O observation, A action.
+
+A gradient plan is found anew for each state and jumps where the gradient changes its sign; a network that imitates such
+plans is left with what is jagged in them. The actor is a network that climbs the same score for all states at once, so
+that what it does can be learned from its steps. V goes along: it learns what the actor's roll-outs come to inside the
+world model, ends that the log never saw among them (docs/notes.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
+from ipd_ray.config import ActorConfig, PlannerConfig
+from ipd_ray.data.transitions import Log
+from ipd_ray.layers import EnsembleMLP, block_generator
+from ipd_ray.training import exhaust, train
+from ipd_ray.values.fit import evaluate_in_chunks, frozen
+from ipd_ray.values.networks import ValueFunctions
+from ipd_ray.world_model.uncertainty import ensemble_uncertainty
+
+VERSION = 1
+_STREAM = 33
+_BATCH = 512
+"""Imagined states an update of V."""
+_LOG_BATCH, _LOG_WEIGHT = 256, 0.5
+"""States of the log an update of V, near which it is held in the first round, and their weight."""
+_VALUE_RATE = 1e-3
+"""Adam's step size for V; falls to a twentieth in each round."""
+_FRONTIER = 0.3
+"""Share of the log, of the highest V, in which many roll-outs start."""
+_RANGE = 0.05
+"""Share of the log's range by which an imagined observation may leave it."""
+_WORST = 0.001
+"""Quantile of the log's V that a state beyond what is known is worth at most."""
+
+
+class Dynamics(Protocol):
+    """What is asked of a world model."""
+
+    @property
+    def elites(self) -> int: ...
+
+    def step(self, observation_EBO: Tensor, action_EBA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Next observation, transformed reward and termination probability; elite e for row group e."""
+
+    def step_together(
+        self, observation_BO: Tensor, action_BA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Mean transition of the elites and their Gaussians."""
+
+
+class Actor(nn.Module):
+    """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension."""
+
+    observation_mean: Tensor
+    observation_std: Tensor
+
+    def __init__(self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float):
+        super().__init__()
+        self.behaviour_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
+        self.change_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
+        for parameter in self.change_net.out.parameters():
+            nn.init.zeros_(parameter)  # at first it is the behaviour policy
+        self.register_buffer("observation_mean", torch.zeros(observation_dim))
+        self.register_buffer("observation_std", torch.ones(observation_dim))
+        self._reach = reach
+        self.sizes = {
+            "observation_dim": observation_dim, "action_dim": action_dim, "width": width, "layers": layers,
+            "reach": reach,
+        }
+
+    def act(self, observation: Tensor) -> Tensor:
+        """Return actions (..., A) in [-1, 1] for raw observations (..., O)."""
+        flat = ((observation - self.observation_mean) / self.observation_std).reshape(1, -1, observation.shape[-1])
+        action = torch.tanh(self.behaviour_net(flat)) + self._reach * torch.tanh(self.change_net(flat))
+        return action.clamp(-1.0, 1.0).reshape(*observation.shape[:-1], -1)
+
+
+class ActorTrainer:
+    """One update is a round: roll the actor out, teach V what came of it, let the actor climb the score with that V.
+
+    The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma that of
+    `config.discount`; its gradient
+    goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer, arXiv:1912.01603). V is regressed on
+    the lambda-returns of roll-outs of which each stays inside one elite, every second one with noise on its actions. A
+    roll-out stops where its observation leaves the log's range or its U exceeds `threshold`, and what lies there is
+    worth no more than the worst states of the log. A share of the roll-outs goes on where others of the round before
+    ended: the actor is to be good where it gets to.
+
+    From round to round the actor swings, as each finds another flaw of the model. So each round's, an average over its
+    updates, plays whole episodes inside the world model, and the best is kept; the behaviour policy where none is.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        values: ValueFunctions,
+        dynamics: Dynamics,
+        planner: PlannerConfig,
+        config: ActorConfig,
+        *,
+        uncertainty: str,
+        threshold: float,
+        seed: int,
+        device: str,
+        judge: Callable[[Actor], float],
+    ):
+        """values: step 1's result, which is not changed. uncertainty, threshold: kind of U, and over which value a step
+        is not known. judge: an actor's return inside the world model."""
+        torch.manual_seed(seed + 3)
+        self._log, self._dynamics, self._planner, self._config = log, dynamics, planner, config
+        self._uncertainty, self._threshold, self._seed, self._device = uncertainty, threshold, seed, device
+        self._judge = judge
+        self.actor = self._new_actor(values)
+        self.best = copy.deepcopy(self.actor)
+        """The actor that is kept."""
+        self.behaviour_return = self.best_return = judge(self.best)
+        self.best_round = 0
+        """0: the behaviour policy."""
+        self.actor.change_net.requires_grad_(True)
+        self._average = copy.deepcopy(self.actor).requires_grad_(False)
+        self._critic = copy.deepcopy(values).to(device).requires_grad_(False)
+        self._changed = list(self.actor.change_net.parameters())
+        self._actor_optimizer = torch.optim.Adam(self._changed, lr=config.learning_rate, fused=True)
+        self._critic_optimizer = torch.optim.Adam(self._critic.v_net.parameters(), lr=_VALUE_RATE, fused=True)
+        t = log.transitions
+        # V of the log is of its own discount: as if each state's mean reward went on, which the first rounds mend.
+        longer = (1.0 - log.discount) / (1.0 - config.discount)
+        for moment in (self._critic.return_mean, self._critic.return_std):
+            moment.mul_(longer)
+        v = evaluate_in_chunks(self._critic.v, t.observation, device=device)
+        self._best = np.argsort(-v, kind="stable")[: max(1, int(_FRONTIER * len(v)))]
+        self._worst, self._scale = float(np.quantile(v, _WORST)), max(float(v.std()), 1e-6)
+        self._observation, self._v = (torch.from_numpy(x).to(device) for x in (t.observation, v))
+        low = np.minimum(t.observation.min(0), t.next_observation.min(0))
+        high = np.maximum(t.observation.max(0), t.next_observation.max(0))
+        slack = _RANGE * (high - low)
+        self._low, self._high = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
+        self._ends = self._observation[:0]
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        observation, outcome, told = self._roll_out(step)
+        generator = block_generator(self._seed, _STREAM, 2 * step)
+        told["v_loss"] = self._teach_values(observation, outcome, generator, anchored=step == 0)
+        scores = [self._climb(observation, generator) for _ in range(self._config.updates)]
+        told["score"] = torch.stack(scores).mean()
+        imagined = self._judge(self._average)
+        if imagined > self.best_return:
+            self.best.load_state_dict(self._average.state_dict())
+            self.best_return, self.best_round = imagined, step + 1
+        return {**told, "imagined_return": torch.tensor(imagined)}
+
+    @torch.no_grad()
+    def _roll_out(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the states on the way (N, O), their lambda-returns (N,), and what to tell of them."""
+        config, discount, E = self._config, self._config.discount, self._dynamics.elites
+        generator = block_generator(self._seed, _STREAM, 2 * step + 1)
+        s = self._starts(np.random.default_rng(np.random.SeedSequence([self._seed, _STREAM, step])))
+        rows = len(s)
+        noise_std = config.noise_std * (torch.arange(rows, device=self._device) % 2)[:, None]
+        alive = torch.ones(rows, dtype=torch.bool, device=self._device)
+        observations, rewards, ended, left, lives = [s], [], [], [], []
+        for _ in range(config.length):
+            action = self._average.act(s)
+            noise = torch.randn(action.shape, generator=generator).to(self._device)
+            action = (action + noise_std * noise).clamp(-1.0, 1.0)
+            gaussians = self._dynamics.step_together(s, action)[3]
+            unknown = ensemble_uncertainty(*gaussians, self._uncertainty) > self._threshold
+            following, reward, end = self._dynamics.step(s.reshape(E, rows // E, -1), action.reshape(E, rows // E, -1))
+            following = following.reshape(rows, -1)
+            ends = alive & (end.reshape(rows) > 0.5)
+            leaves = alive & ~ends & (unknown | ((following < self._low) | (following > self._high)).any(1))
+            rewards.append(reward.reshape(rows))
+            ended.append(ends)
+            left.append(leaves)
+            lives.append(alive)
+            alive = alive & ~ends & ~leaves
+            s = torch.where(alive[:, None], following, s)
+            observations.append(s)
+        self._ends = s[alive]
+        value = [self._critic.v(o) for o in observations]
+        outcome, outcomes = value[-1], []
+        for k in reversed(range(config.length)):
+            after = (1.0 - config.trace) * value[k + 1] + config.trace * outcome
+            after = torch.where(left[k], value[k].clamp(max=self._worst), torch.where(ended[k], 0.0, after))
+            outcome = torch.where(lives[k], rewards[k] + discount * after, value[k])
+            outcomes.append(outcome)
+        usable = torch.stack(lives)
+        told = {name: torch.stack(x).any(0).float().mean() for name, x in (("ended", ended), ("left", left))}
+        return torch.stack(observations[:-1])[usable], torch.stack(outcomes[::-1])[usable], {
+            "outcome": outcome.mean(), **told,
+        }
+
+    def _starts(self, rng: np.random.Generator) -> Tensor:
+        """(N, O) states, N a multiple of the elites: where the round before ended, and first ones, ones of high V, and
+        any of the log, one to two to two."""
+        first, elites = self._log.transitions.episode_start[:-1], self._dynamics.elites
+        rows = -(-self._config.starts // elites) * elites
+        carried = min(len(self._ends), int(self._config.carried * rows))
+        fresh = rows - carried
+        drawn = [rng.choice(first, fresh // 5), rng.choice(self._best, 2 * fresh // 5)]
+        drawn.append(rng.choice(len(self._v), fresh - sum(map(len, drawn))))
+        ends = rng.permutation(len(self._ends))[:carried]
+        return torch.cat([self._observation[np.concatenate(drawn)], self._ends[ends]])[rng.permutation(rows)]
+
+    def _teach_values(
+        self, observation: Tensor, outcome: Tensor, generator: torch.Generator, *, anchored: bool
+    ) -> Tensor:
+        """Regress V on what came of the roll-outs; return the mean loss in units of the spread of V."""
+        updates, losses = self._config.value_updates, []
+        self._critic.v_net.requires_grad_(True)
+        for i in range(updates):
+            loss = self._value_loss(observation, outcome, _BATCH, generator)
+            losses.append(loss.detach())
+            if anchored:
+                loss = loss + _LOG_WEIGHT * self._value_loss(self._observation, self._v, _LOG_BATCH, generator)
+            for group in self._critic_optimizer.param_groups:
+                group["lr"] = _VALUE_RATE * (1.0 - 0.95 * i / updates)
+            self._critic_optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self._critic_optimizer.step()
+        self._critic.v_net.requires_grad_(False)
+        return torch.stack(losses).mean()
+
+    def _value_loss(self, observation: Tensor, target: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(target), (count,), generator=generator).to(self._device)
+        return ((self._critic.v(observation[rows]) - target[rows]) / self._scale).square().mean()
+
+    def _climb(self, observation: Tensor, generator: torch.Generator) -> Tensor:
+        """One update of the actor; return the mean score of its states."""
+        discount, horizon, E = self._config.discount, self._planner.horizon, self._dynamics.elites
+        size = max(1, self._config.batch_size // E)
+        state = observation[torch.randint(len(observation), (E, size), generator=generator).to(self._device)]
+        score = torch.zeros(E, size, device=self._device)
+        alive = torch.ones_like(score)
+        for h in range(horizon):
+            state, reward, ended = self._dynamics.step(state, self.actor.act(state))
+            score = score + discount**h * alive * reward
+            alive = alive * (1.0 - ended)
+        mean = (score + discount**horizon * alive * self._critic.v(state)).mean()
+        self._actor_optimizer.zero_grad(set_to_none=True)
+        (-mean / self._scale).backward()
+        torch.nn.utils.clip_grad_norm_(self._changed, 1.0)
+        self._actor_optimizer.step()
+        averaged: list[Tensor] = list(self._average.change_net.parameters())
+        torch._foreach_lerp_(averaged, [p.detach() for p in self._changed], 1.0 - self._config.ema)
+        return mean.detach()
+
+    def _new_actor(self, values: ValueFunctions) -> Actor:
+        """Return an actor that is the behaviour policy."""
+        t, net = self._log.transitions, values.behaviour_net
+        width, layers = net.out.weight.shape[1], len(net.hidden)
+        actor = Actor(t.observation_dim, t.spec.action_dim, width=width, layers=layers, reach=self._planner.reach)
+        actor.behaviour_net.load_state_dict(net.state_dict())
+        for name in ("observation_mean", "observation_std"):
+            getattr(actor, name).copy_(getattr(values, name))
+        return frozen(actor, self._device)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            **prefixed("actor", self.actor.change_net.state_dict()),
+            **prefixed("average", self._average.change_net.state_dict()),
+            **prefixed("critic", self._critic.v_net.state_dict()),
+            **prefixed("adam.actor", optimizer_tensors(self._actor_optimizer)),
+            **prefixed("adam.critic", optimizer_tensors(self._critic_optimizer)),
+            **prefixed("best", self.best.change_net.state_dict()),
+            "best_return": torch.tensor(self.best_return, dtype=torch.float64),
+            "best_round": torch.tensor(self.best_round),
+            "ends": self._ends,
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.actor.change_net.load_state_dict(stripped("actor", tensors))
+        self._average.change_net.load_state_dict(stripped("average", tensors))
+        self._critic.v_net.load_state_dict(stripped("critic", tensors))
+        load_optimizer(self._actor_optimizer, stripped("adam.actor", tensors))
+        load_optimizer(self._critic_optimizer, stripped("adam.critic", tensors))
+        self.best.change_net.load_state_dict(stripped("best", tensors))
+        self.best_return, self.best_round = float(tensors["best_return"]), int(tensors["best_round"])
+        self._ends = tensors["ends"].to(self._device)
+
+
+def learn_actor(trainer: ActorTrainer, config: ActorConfig, workspace: Workspace) -> Actor:
+    """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept."""
+    exhaust(train(trainer, config.rounds, workspace, log_every=1))
+    return trainer.best
+
+
+def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> Actor:
+    """Rebuild what step 3 left behind, frozen."""
+    actor = Actor(**described["actor"])
+    actor.load_state_dict(dict(tensors))
+    return frozen(actor, device)

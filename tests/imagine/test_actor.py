@@ -1,0 +1,152 @@
+"""The actor that learns the planner's score inside the world model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from method_fixtures import Line, learned_pendulum, log_of
+from torch import Tensor
+
+from ipd_ray.artifacts import Workspace
+from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConfig, ValuesConfig
+from ipd_ray.evaluate.choose import imagined_returns
+from ipd_ray.imagine.actor import Actor, ActorTrainer, learn_actor, load_actor
+from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
+from ipd_ray.steps import _Memoryless
+from ipd_ray.values.fit import frozen
+from ipd_ray.values.networks import ValueFunctions
+from ipd_ray.world_model.uncertainty import KINDS
+
+SMALL = ActorConfig(
+    rounds=8,
+    starts=100,
+    length=20,
+    discount=0.9,
+    value_updates=100,
+    updates=60,
+    batch_size=64,
+    learning_rate=3e-3,
+    ema=0.95,
+)
+PLANNER = PlannerConfig(kind="actor", horizon=3, reach=0.4)
+# On a line from -1 to 1; the log goes right by 0.05 a step, and earns nothing.
+LOG = log_of([(np.linspace(-1, 1, 41)[:, None], np.full((40, 1), 0.05), np.zeros(40), False)] * 3, discount=0.9)
+
+
+def values_of(log: Any) -> ValueFunctions:
+    """Values that have learned nothing: the behaviour policy stands still, and V is the same everywhere."""
+    torch.manual_seed(0)
+    t = log.transitions
+    values = ValueFunctions(t.observation_dim, t.spec.action_dim, ValuesConfig(width=16))
+    for net in (values.behaviour_net, values.v_net):
+        for parameter in net.out.parameters():
+            torch.nn.init.zeros_(parameter)
+    return frozen(values, "cpu")
+
+
+def trainer(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> ActorTrainer:
+    values = options.pop("values", None) or values_of(log)
+    known = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu", **options}
+    known.setdefault("judge", lambda actor: float(actor.change_net.out.weight.abs().sum()))  # the last round
+    return ActorTrainer(log, values, world, PLANNER, config, **known)
+
+
+def test_it_begins_as_the_behaviour_policy():
+    learned = learned_pendulum()
+    actor = trainer(learned.world_model, learned.log, values=learned.values).actor
+    s = torch.from_numpy(learned.log.transitions.observation[:50])
+    assert torch.equal(actor.act(s), learned.values.act(s))
+
+
+def learned_in(world: Line) -> Actor:
+    learner = trainer(world)
+    for step in range(SMALL.rounds):
+        learner.update(step)
+    return learner.best
+
+
+def test_it_goes_where_the_reward_is_and_stays_within_reach():
+    # Reward is highest at 0.3: from the left it goes right, from the right left.
+    action = learned_in(Line(lambda s, s2: 1.0 - (s2 - 0.3).abs())).act(torch.tensor([[-0.8], [0.9]]))
+    assert action[0] > 0.2 and action[1] < -0.2
+    assert action.abs().max() <= PLANNER.reach + 1e-6
+
+
+def test_what_ends_is_avoided_though_the_log_knows_no_end():
+    # The reward grows to the right; where all ends beyond 0.5, it stays this side of it.
+    def reward(s: Tensor, s2: Tensor) -> Tensor:
+        return 1.0 + 0.5 * s2
+
+    s = torch.tensor([[0.4]])
+    assert learned_in(Line(reward)).act(s) > 0.2
+    assert learned_in(Line(reward, ended=lambda s2: torch.sigmoid(50.0 * (s2 - 0.5)))).act(s) < 0.1
+
+
+def test_what_is_not_known_is_worth_no_more_than_the_worst_of_the_log():
+    # Everything is more uncertain than the threshold: the first step of every roll-out leaves what is known.
+    learner = trainer(Line(lambda s, s2: torch.ones_like(s)), threshold=-1.0)
+    _, outcome, told = learner._roll_out(0)
+    worst = float(np.quantile(values_of(LOG).v(torch.from_numpy(LOG.transitions.observation)).numpy(), 0.001))
+    assert told["left"] == 1.0
+    assert outcome.max() <= 1.0 + LOG.discount * worst + 1e-5
+
+
+@pytest.mark.parametrize(("returns", "kept"), [([1.0, 0.5, 3.0, 2.0], 2), ([5.0, 4.0, 4.5, 3.0], 0)])
+def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: list[float], kept: int):
+    # The judge says what the behaviour policy and rounds 1 to 3 are worth.
+    said = iter(returns)
+    learner = trainer(Line(lambda s, s2: s2), judge=lambda _: next(said))
+    s, seen = torch.tensor([[0.2]]), [learner.actor.act(torch.tensor([[0.2]])).detach()]
+    for step in range(3):
+        learner.update(step)
+        seen.append(learner._average.act(s))
+    assert learner.best_round == kept
+    assert torch.equal(learner.best.act(s), seen[kept])
+
+
+def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
+    learned = learned_pendulum()
+    config = SMALL.model_copy(
+        update={"starts": 150, "length": 60, "rounds": 10, "discount": 0.97, "value_updates": 200}
+    )
+    threshold = float(np.quantile(learned.holdout_uncertainty[KINDS.index("spread")], 0.999))
+    known = {"uncertainty": "spread", "threshold": threshold, "seed": 0, "device": "cpu"}
+    learner = trainer(learned.world_model, learned.log, config, values=learned.values, threshold=threshold)
+    for step in range(config.rounds):
+        learner.update(step)
+    returns = {}
+    for name, acts in (("behaviour", learned.values), ("actor", learner.best)):
+        player = _Memoryless(acts, learned.log, "cpu")
+        judge = ChooseConfig(episodes=60)
+        returns[name] = imagined_returns(player, learned.log, learned.world_model, judge, **known)[0]
+    gain = returns["actor"] - returns["behaviour"]
+    assert gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain))
+
+
+def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path):
+    world = Line(lambda s, s2: s2)
+    whole = learn_actor(trainer(world), SMALL, Workspace(tmp_path / "whole"))
+    cut = trainer(world)
+    for step in range(3):
+        cut.update(step)
+    Workspace(tmp_path / "cut").checkpoint(3, cut.state())
+    resumed = learn_actor(trainer(world), SMALL, Workspace(tmp_path / "cut"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_what_it_leaves_is_read_back_and_imagines(tmp_path: Path):
+    world = Line(lambda s, s2: s2)
+    actor = learn_actor(trainer(world), SMALL, Workspace(tmp_path))
+    again = load_actor(actor.state_dict(), {"actor": actor.sizes}, "cpu")
+    spec = ShardSpec(0, np.array([3, 50]), np.zeros(2, bool))
+    segments = imagine_shard(
+        spec, LOG, world, values_of(LOG), PLANNER, ImagineConfig(length=2), seed=0, device="cpu", actor=again
+    )
+    s = torch.from_numpy(LOG.transitions.observation[[3, 50]])
+    assert segments.action[:, 0].tolist() == pytest.approx(actor.act(s).numpy())
+    assert isinstance(again, Actor)
