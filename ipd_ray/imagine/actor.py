@@ -95,7 +95,8 @@ class ActorTrainer:
     ended: the actor is to be good where it gets to.
 
     From round to round the actor swings, as each finds another flaw of the model. So each round's, an average over its
-    updates, plays whole episodes inside the world model, and the best is kept; the behaviour policy where none is.
+    updates, plays whole episodes inside the world model, and the best of the second half is kept, when V has had the
+    time to learn of the ends that the actor finds; the behaviour policy where none is better.
     """
 
     def __init__(
@@ -152,7 +153,7 @@ class ActorTrainer:
         scores = [self._climb(observation, generator) for _ in range(self._config.updates)]
         told["score"] = torch.stack(scores).mean()
         imagined = self._judge(self._average)
-        if imagined > self.best_return:
+        if imagined > self.best_return and 2 * step >= self._config.rounds - 1:
             self.best.load_state_dict(self._average.state_dict())
             self.best_return, self.best_round = imagined, step + 1
         return {**told, "imagined_return": torch.tensor(imagined)}
