@@ -81,6 +81,19 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
     assert not (folder / "lease.json").exists()
 
 
+def test_a_run_whose_plans_are_an_actor_s(place: Path) -> None:
+    folder = place / "runs" / "actor"
+    small = ("actor.rounds=3", "actor.starts=20", "actor.length=5", "actor.value_updates=4", "actor.updates=4")
+    run(LOG, settings("planner.kind=actor", *small), run_dir=folder)
+    assert list(json.loads((folder / "summary.json").read_text())["seconds"]) == [*PARTS[:2], "actor", *PARTS[2:]]
+    rounds = [row for row in read_jsonl(folder / "metrics.jsonl") if row["part"] == "actor"]
+    assert [row["step"] for row in rounds] == [1, 2, 3]
+    actor = Artifact(Path(json.loads((folder / "links.json").read_text())["actor"]["path"]))
+    found = actor.diagnostics
+    later = [row["imagined_return"] for row in rounds[1:]]
+    assert found["return_mean"] == pytest.approx(max(found["behaviour_return"], *later))
+
+
 def test_curves_of_all_parts_are_merged_whoever_logs_them(place: Path) -> None:
     folder = place / "runs" / "first"
     rows = read_jsonl(folder / "metrics.jsonl")

@@ -87,6 +87,24 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
     assert {name for name in before if before[name] != after[name]} == changed
 
 
+@pytest.mark.parametrize(
+    ("word", "changed"),
+    [
+        ("actor.rounds=3", {"actor", "imagine", "distill", "choose", "evaluate"}),
+        ("world_model.width=8", {"world_model", "actor", "imagine", "distill", "choose", "evaluate"}),
+        ("imagine.length=20", {"imagine", "distill", "choose", "evaluate"}),
+        ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
+    ],
+)
+def test_an_actor_stands_between_the_world_model_and_its_imagination(word: str, changed: set[str]):
+    before, after = (keys_of(load(overrides=["planner.kind=actor", *words])) for words in ((), (word,)))
+    assert {name for name in before if before[name] != after[name]} == changed
+
+
+def test_what_an_actor_is_told_changes_no_other_plans():
+    assert keys_of(load()) == keys_of(load(overrides=["actor.rounds=3"]))
+
+
 def test_another_log_makes_everything_anew():
     before, after = keys_of(load(), "log"), keys_of(load(), "another")
     assert not set(before.values()) & set(after.values())

@@ -1,10 +1,12 @@
-"""What is the planner worth? It acts in the real environment, beside the behaviour policy that it starts from.
+"""What is the planner worth, or the actor that learned its score? Each acts in the real environment, beside the
+behaviour policy that it starts from.
 
     python benchmarks/scores/act.py RUN_FOLDER [--vary planner.horizon=8] [--vary "planner.kind=mpc"] [--episodes 10]
 
 RUN_FOLDER is a folder of `ipd-ray run` whose values and world model are in its store. A policy that is distilled from
 plans can hardly be better than the planner: where this number is below the behaviour policy's, imagination cannot pay.
-Each `--vary` is one planner, given as settings separated by blanks; without any, the run's own.
+Each `--vary` is one planner, given as settings separated by blanks; without any, the run's own. An actor, where the run
+has one, acts as it is.
 """
 
 from __future__ import annotations
@@ -23,16 +25,18 @@ from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.imagine.planner import plan
 from ipd_ray.runs import open_run
-from ipd_ray.steps import values_of, world_model_of
+from ipd_ray.steps import actor_of, values_of, world_model_of
 from ipd_ray.training import set_threads
 
 
 class Acting:
-    """MPC in the world model at every step of the real environment; the behaviour policy where planner is None."""
+    """MPC in the world model at every step of the real environment; where planner is None, `acts`: the behaviour policy
+    if not given."""
 
-    def __init__(self, log: Log, values: Any, world_model: Any, planner: PlannerConfig | None):
+    def __init__(self, log: Log, values: Any, world_model: Any, planner: PlannerConfig | None, acts: Any = None):
         self.spec, self.discount, self._scale = log.transitions.spec, log.discount, log.reward_scale
         self._values, self._world_model, self._planner = values, world_model, planner
+        self._acts = acts or values
         self._generator = torch.Generator().manual_seed(0)
 
     def reset(self, mask: Any = None) -> None:
@@ -41,7 +45,7 @@ class Acting:
     def act(self, observation: Any, reward: Any = None) -> Any:
         s = torch.from_numpy(self.spec.flatten_observation(observation))
         if self._planner is None:
-            return self.spec.unscale_action(self._values.act(s).numpy())
+            return self.spec.unscale_action(self._acts.act(s).numpy())
         planned = plan(
             s, self._world_model, self._values, self._planner, discount=self.discount, generator=self._generator
         )
@@ -67,8 +71,13 @@ def main() -> None:
     for words in args.vary or [""]:
         changed = configs.load(None, None, [f"planner.{k}={v}" for k, v in config.planner] + words.split())
         planners[f"planner {words}".strip()] = changed.planner
+    if "actor" in run.links:
+        planners["actor"] = None
     for name, planner in planners.items():
-        found = evaluate(Acting(log, values, world_model, planner), EvaluateConfig(episodes=args.episodes))
+        if planner is not None and planner.kind == "actor":
+            continue
+        acts = actor_of(str(run.artifact("actor")), "cpu") if name == "actor" else None
+        found = evaluate(Acting(log, values, world_model, planner, acts), EvaluateConfig(episodes=args.episodes))
         print(
             f"{name}: return {found['return_mean']:.0f} +- {found['return_std']:.0f} (std over episodes), "
             f"discounted {found['discounted_mean']:.0f}, {sum(found['lengths']) / len(found['lengths']):.0f} steps",

@@ -40,7 +40,7 @@ from ipd_ray.training import set_threads, train
 STEPS = 100_000
 """Of the log, where its length is not what is measured."""
 PRESET = "gym-small"
-"""Whose planner is `as shipped`."""
+"""Whose sizes are `as shipped`."""
 
 
 # ---- the log and what is learned from it; speed depends on no weight, so none is trained
@@ -195,7 +195,7 @@ def world_model_loop(options: Mapping[str, Any]) -> Work:
 def _planning(options: Mapping[str, Any]) -> tuple[Log, RunConfig, Any, Any, Tensor]:
     """Log, settings, values, world model, and states to plan from (B, O)."""
     if options.get("shipped"):
-        config = load(PRESET)
+        config = load(PRESET, overrides=["planner.kind=gradient"])
         world = config.world_model.model_copy(update={"termination": "never"})
         config = config.model_copy(update={"world_model": world})
     else:
@@ -225,7 +225,7 @@ class _NoValues:
 
 
 def plan(options: Mapping[str, Any]) -> Work:
-    """Step 4's plans for a shard of states; `shipped`: with the preset's planner; `plain`: without values."""
+    """Step 4's plans for a shard of states; `shipped`: gradient plans of the preset's size; `plain`: without values."""
     from ipd_ray.imagine.planner import plan as decide
 
     log, config, values, model, states = _planning(options)

@@ -78,6 +78,7 @@ def plan(
     (MPPI). The first candidate of each elite carries no noise.
     precision=bfloat16: matrix products take bfloat16; states and scores stay float32.
     """
+    assert config.kind != "actor", "an actor acts by itself"
     with matrix_products(observation_BO.device.type, config.precision):
         if config.kind == "gradient":
             chunk = max(1, GRADIENT_ROWS // dynamics.elites)
