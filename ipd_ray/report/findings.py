@@ -29,7 +29,8 @@ class Finding:
 
 def findings(view: View) -> list[Finding]:
     """All findings of a run, in the order of the method, warnings first."""
-    found = [*_scores(view), *_values(view), *_world_model(view), *_imagination(view), *_distillation(view)]
+    steps = (_scores, _values, _world_model, _actor, _imagination, _distillation)
+    found = [finding for step in steps for finding in step(view)]
     return sorted(found, key=lambda f: not f.warning)
 
 
@@ -215,6 +216,24 @@ def _imagination(view: View) -> list[Finding]:
             )
         )
     return out
+
+
+def _actor(view: View) -> list[Finding]:
+    d = view.diagnostics("actor")
+    before, after = number(d, "behaviour_return"), number(d, "return_mean")
+    if before is None or after is None:
+        return []
+    if number(d, "round") == 0:
+        return [Finding(
+            True, "curves",
+            f"Inside the world model no round of the actor earned more than the behaviour policy ({readable(before)}), "
+            "whose steps are imagined instead: lower planner.reach, or improve the world model.",
+        )]  # fmt: skip
+    return [Finding(
+        False, "curves",
+        f"Inside the world model the actor earns {readable(after)}, the behaviour policy that it changes "
+        f"{readable(before)}.",
+    )]  # fmt: skip
 
 
 def _distillation(view: View) -> list[Finding]:

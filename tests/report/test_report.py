@@ -231,6 +231,19 @@ def test_a_failed_diagnostic_is_read_first(tmp_path, changes, said):
     assert said in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("diagnostics", "warning", "said"),
+    [
+        ({"round": 9, "behaviour_return": 5.0, "return_mean": 8.0}, False, "earns 8, the behaviour policy that it changes 5"),
+        ({"round": 0, "behaviour_return": 5.0, "return_mean": 5.0}, True, "no round of the actor earned more"),
+    ],
+)
+def test_what_an_actor_came_to_is_said(tmp_path, monkeypatch, diagnostics, warning, said):
+    monkeypatch.setitem(HEALTHY, "actor", diagnostics)
+    found = findings(open_views([write_run(tmp_path / "run")])[0])
+    assert [f.warning for f in found if said in f.text] == [warning]
+
+
 def test_a_policy_below_its_data_or_its_ablation_is_read_first(tmp_path):
     run = write_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
