@@ -244,8 +244,9 @@ class AcceptConfig(Section):
     """kappa itself, in units of U; overrides survival. Carries over to no other task."""
     min_length: PositiveInt = 3
     """Steps that must be left after the cut, in [1, imagine.length]."""
-    margin: NonNegativeFloat = 0.2
-    """An accepted segment beats the data and V(s_0) by this many standard deviations of V."""
+    margin: NonNegativeFloat | None = 0.2
+    """An accepted segment beats the data and V(s_0) by this many standard deviations of V. null: none has to, which
+    suits an actor, whose worth whole imagined episodes have shown."""
     range_margin: NonNegativeFloat = 0.05
     """Imagined observations and rewards may leave the log's range by this share of it."""
     share: Fraction = 1.0

@@ -75,7 +75,8 @@ def accept(
 ) -> Accepted:
     """Cut each segment before its first step that is uncertain or out of range, and keep it if it beats log and V.
 
-    Kept: at least min_length steps are left, and I exceeds both B and V(s_0) by margin * value_std. The return that the
+    Kept: at least min_length steps are left, and, where there is a margin, I exceeds both B and V(s_0) by margin *
+    value_std. The return that the
     log went on to reach selects starts, it accepts nothing: V stands on both sides here.
     """
     S, L = len(segments), segments.length
@@ -97,7 +98,7 @@ def accept(
         np.minimum(length, segments.own_length),
         discount,
     )
-    bar = config.margin * value_std
+    bar = -np.inf if config.margin is None else config.margin * value_std
     long_enough = length >= config.min_length
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
     accepted = long_enough & beats_own & beats_value
