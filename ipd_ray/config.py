@@ -220,6 +220,12 @@ class ActorConfig(Section):
     """Decay of the moving average of the actor's weights, which is what is rolled out."""
     episodes: PositiveInt = 60
     """Whole episodes that each round's actor plays inside the world model; the best round is kept."""
+    students: NonNegativeInt = 4
+    """Networks that learn what the actor does, each also from where those before it got to (DAgger). In imagination
+    they walk, and what is noted is what the actor would do: so a policy learns to come back from where its own errors
+    lead. 0: the actor walks alone."""
+    student_updates: PositiveInt = 5000
+    """Gradient updates of each student."""
 
 
 class ImagineConfig(Section):

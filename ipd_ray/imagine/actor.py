@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ _LOG_BATCH, _LOG_WEIGHT = 256, 0.5
 """States of the log an update of V, near which it is held in the first round, and their weight."""
 _VALUE_RATE = 1e-3
 """Adam's step size for V; falls to a twentieth in each round."""
+_STUDENT_RATE = 1e-3
+"""Adam's step size for students; falls to 3 % for each."""
+_FAR = 3
+"""Times that roll-outs for students are longer, and fewer: they drift slowly."""
 _FRONTIER = 0.3
 """Share of the log, of the highest V, in which many roll-outs start."""
 _RANGE = 0.05
@@ -57,12 +62,17 @@ class Dynamics(Protocol):
 
 
 class Actor(nn.Module):
-    """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension."""
+    """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension.
+
+    With it go networks that learned to do the same, its students.
+    """
 
     observation_mean: Tensor
     observation_std: Tensor
 
-    def __init__(self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float):
+    def __init__(
+        self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float, students: int = 0
+    ):
         super().__init__()
         self.behaviour_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
         self.change_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
@@ -70,17 +80,55 @@ class Actor(nn.Module):
             nn.init.zeros_(parameter)  # at first it is the behaviour policy
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.student_net = EnsembleMLP(students, observation_dim, action_dim, width=width, layers=layers)
         self._reach = reach
-        self.sizes = {
+        self.sizes: dict[str, Any] = {
             "observation_dim": observation_dim, "action_dim": action_dim, "width": width, "layers": layers,
-            "reach": reach,
+            "reach": reach, "students": students,
         }
 
     def act(self, observation: Tensor) -> Tensor:
         """Return actions (..., A) in [-1, 1] for raw observations (..., O)."""
-        flat = ((observation - self.observation_mean) / self.observation_std).reshape(1, -1, observation.shape[-1])
+        flat = self.normalise(observation).reshape(1, -1, observation.shape[-1])
         action = torch.tanh(self.behaviour_net(flat)) + self._reach * torch.tanh(self.change_net(flat))
         return action.clamp(-1.0, 1.0).reshape(*observation.shape[:-1], -1)
+
+    def normalise(self, observation: Tensor) -> Tensor:
+        """Return observations in units of the log's spread."""
+        return (observation - self.observation_mean) / self.observation_std
+
+    def walk(self, observation: Tensor) -> Tensor:
+        """Return actions (N, A) of the actor and of its students in turn, row by row."""
+        action = self.act(observation)
+        students = self.sizes["students"]
+        if students:
+            flat = self.normalise(observation).expand(students, -1, -1)
+            everyone = torch.cat([action[None], torch.tanh(self.student_net(flat))])
+            rows = torch.arange(len(observation), device=observation.device)
+            action = everyone[rows % (students + 1), rows]
+        return action
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """N roll-outs of K steps."""
+
+    observations: list[Tensor]
+    """K + 1 of (N, O); a row that has stopped stays where it is."""
+    rewards: list[Tensor]
+    """K of (N,), as are the next three."""
+    ended: list[Tensor]
+    left: list[Tensor]
+    """Stopped at this step, beyond what is known."""
+    lives: list[Tensor]
+    """Had not stopped before."""
+    alive: Tensor
+    """(N,) not stopped at all."""
+
+    @property
+    def states(self) -> Tensor:
+        """All states in which something was done, (steps, O)."""
+        return torch.stack(self.observations[:-1])[torch.stack(self.lives)]
 
 
 class ActorTrainer:
@@ -161,15 +209,31 @@ class ActorTrainer:
     @torch.no_grad()
     def _roll_out(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the states on the way (N, O), their lambda-returns (N,), and what to tell of them."""
-        config, discount, E = self._config, self._config.discount, self._dynamics.elites
+        config, discount = self._config, self._config.discount
         generator = block_generator(self._seed, _STREAM, 2 * step + 1)
-        s = self._starts(np.random.default_rng(np.random.SeedSequence([self._seed, _STREAM, step])))
-        rows = len(s)
+        walk = self._walk(self._average.act, self._starts(self._rng(step)), config.length, generator)
+        self._ends = walk.observations[-1][walk.alive]
+        value = [self._critic.v(o) for o in walk.observations]
+        outcome, outcomes = value[-1], []
+        for k in reversed(range(config.length)):
+            after = (1.0 - config.trace) * value[k + 1] + config.trace * outcome
+            after = torch.where(walk.left[k], value[k].clamp(max=self._worst), torch.where(walk.ended[k], 0.0, after))
+            outcome = torch.where(walk.lives[k], walk.rewards[k] + discount * after, value[k])
+            outcomes.append(outcome)
+        told = {name: torch.stack(x).any(0).float().mean() for name, x in (("ended", walk.ended), ("left", walk.left))}
+        return walk.states, torch.stack(outcomes[::-1])[torch.stack(walk.lives)], {"outcome": outcome.mean(), **told}
+
+    @torch.no_grad()
+    def _walk(
+        self, act: Callable[[Tensor], Tensor], s: Tensor, length: int, generator: torch.Generator
+    ) -> _Walk:
+        """Roll out from (N, O) states, N a multiple of the elites, as the class says."""
+        config, E, rows = self._config, self._dynamics.elites, len(s)
         noise_std = config.noise_std * (torch.arange(rows, device=self._device) % 2)[:, None]
         alive = torch.ones(rows, dtype=torch.bool, device=self._device)
         observations, rewards, ended, left, lives = [s], [], [], [], []
-        for _ in range(config.length):
-            action = self._average.act(s)
+        for _ in range(length):
+            action = act(s)
             noise = torch.randn(action.shape, generator=generator).to(self._device)
             action = (action + noise_std * noise).clamp(-1.0, 1.0)
             gaussians = self._dynamics.step_together(s, action)[3]
@@ -185,19 +249,10 @@ class ActorTrainer:
             alive = alive & ~ends & ~leaves
             s = torch.where(alive[:, None], following, s)
             observations.append(s)
-        self._ends = s[alive]
-        value = [self._critic.v(o) for o in observations]
-        outcome, outcomes = value[-1], []
-        for k in reversed(range(config.length)):
-            after = (1.0 - config.trace) * value[k + 1] + config.trace * outcome
-            after = torch.where(left[k], value[k].clamp(max=self._worst), torch.where(ended[k], 0.0, after))
-            outcome = torch.where(lives[k], rewards[k] + discount * after, value[k])
-            outcomes.append(outcome)
-        usable = torch.stack(lives)
-        told = {name: torch.stack(x).any(0).float().mean() for name, x in (("ended", ended), ("left", left))}
-        return torch.stack(observations[:-1])[usable], torch.stack(outcomes[::-1])[usable], {
-            "outcome": outcome.mean(), **told,
-        }
+        return _Walk(observations, rewards, ended, left, lives, alive)
+
+    def _rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self._seed, _STREAM, step]))
 
     def _starts(self, rng: np.random.Generator) -> Tensor:
         """(N, O) states, N a multiple of the elites: where the round before ended, and first ones, ones of high V, and
@@ -258,11 +313,63 @@ class ActorTrainer:
         """Return an actor that is the behaviour policy."""
         t, net = self._log.transitions, values.behaviour_net
         width, layers = net.out.weight.shape[1], len(net.hidden)
-        actor = Actor(t.observation_dim, t.spec.action_dim, width=width, layers=layers, reach=self._planner.reach)
+        sizes: dict[str, Any] = {"width": width, "layers": layers, "reach": self._planner.reach}
+        actor = Actor(t.observation_dim, t.spec.action_dim, **sizes)
         actor.behaviour_net.load_state_dict(net.state_dict())
         for name in ("observation_mean", "observation_std"):
             getattr(actor, name).copy_(getattr(values, name))
         return frozen(actor, self._device)
+
+    def taught(self) -> Actor:
+        """Return the actor that is kept, with its students.
+
+        Each student goes on from the one before and learns what the actor does in the states of roll-outs of the actor
+        and of all students before it (DAgger, arXiv:1011.0686).
+        """
+        config, best, sizes = self._config, self.best, self.best.sizes
+        if not config.students:
+            return best
+        torch.manual_seed(self._seed + 4)
+        width, layers = int(sizes["width"]), int(sizes["layers"])
+        student = EnsembleMLP(1, self._observation.shape[1], int(sizes["action_dim"]), width=width, layers=layers)
+        student.to(self._device)
+
+        def follow(observation: Tensor) -> Tensor:
+            return torch.tanh(student(best.normalise(observation)[None])[0])
+
+        act: Callable[[Tensor], Tensor] = best.act
+        tables: list[Tensor] = []
+        weights: list[dict[str, Tensor]] = []
+        for k in range(config.students):
+            generator = block_generator(self._seed, _STREAM + 1, k)
+            tables.append(self._walk(act, self._student_starts(self._rng(config.rounds + k)), _FAR * config.length,
+                                     generator).states)  # fmt: skip
+            observation = torch.cat(tables)
+            with torch.no_grad():
+                wanted = best.act(observation)
+            optimizer = torch.optim.Adam(student.parameters(), lr=_STUDENT_RATE, fused=True)
+            for i in range(config.student_updates):
+                rows = torch.randint(len(observation), (_BATCH,), generator=generator).to(self._device)
+                loss = (follow(observation[rows]) - wanted[rows]).square().mean()
+                for group in optimizer.param_groups:
+                    group["lr"] = _STUDENT_RATE * (1.0 - 0.97 * i / config.student_updates)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            weights.append({name: x.detach().clone() for name, x in student.state_dict().items()})
+            act = follow
+        actor = Actor(**{**sizes, "students": config.students})
+        own = {name: x for name, x in best.state_dict().items() if not name.startswith("student_net.")}
+        own.update(prefixed("student_net", {n: torch.cat([w[n] for w in weights]) for n in weights[0]}))
+        actor.load_state_dict(own)
+        return frozen(actor, self._device)
+
+    def _student_starts(self, rng: np.random.Generator) -> Tensor:
+        """(N, O) states of the log, N a multiple of the elites: first ones, and ones of high V."""
+        first, elites = self._log.transitions.episode_start[:-1], self._dynamics.elites
+        rows = -(-self._config.starts // (_FAR * elites)) * elites
+        index = np.concatenate([rng.choice(first, rows // 2), rng.choice(self._best, rows - rows // 2)])
+        return self._observation[rng.permutation(index)]
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -289,9 +396,9 @@ class ActorTrainer:
 
 
 def learn_actor(trainer: ActorTrainer, config: ActorConfig, workspace: Workspace) -> Actor:
-    """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept."""
+    """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept, with its students."""
     exhaust(train(trainer, config.rounds, workspace, log_every=1))
-    return trainer.best
+    return trainer.taught()
 
 
 def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> Actor:

@@ -62,8 +62,9 @@ def imagine_shard(
 ) -> Segments:
     """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
 
-    Noise is keyed by (seed, shard, step). actor: acts instead of a plan, where planner.kind=actor. replay: take the
-    log's own actions instead of planned ones (the test of acceptance: hardly any such segment may pass).
+    Noise is keyed by (seed, shard, step). actor: acts instead of a plan, where planner.kind=actor; its students
+    walk in turn with it, and what it would do is noted. replay: take the log's own actions instead of planned ones (the
+    test of acceptance: hardly any such segment may pass).
     """
     L, t = imagine.length, log.transitions
     s = torch.from_numpy(t.observation[spec.index]).to(device)
@@ -73,12 +74,12 @@ def imagine_shard(
         generator = block_generator(seed, _STREAM, spec.shard * 10_000 + k)
         if replay:
             at = np.minimum(spec.index + k, log.episode_end[spec.index])
-            action = torch.from_numpy(t.action[at]).to(device)
+            action = walked = torch.from_numpy(t.action[at]).to(device)
         elif actor is not None:
-            action = actor.act(s)
+            action, walked = actor.act(s), actor.walk(s)
         else:
-            action = plan(s, dynamics, values, planner, discount=log.discount, generator=generator).action
-        following, reward, ended, gaussians = dynamics.step_together(s, action)
+            action = walked = plan(s, dynamics, values, planner, discount=log.discount, generator=generator).action
+        following, reward, ended, gaussians = dynamics.step_together(s, walked)
         ends = alive & (ended > 0.5)
         s = torch.where(alive[:, None], following, s)
         observations.append(s)
