@@ -30,7 +30,7 @@ SMALL = ActorConfig(
     updates=60,
     batch_size=64,
     learning_rate=3e-3,
-    ema=0.95,
+    ema=0.95, students=2, student_updates=400,
 )
 PLANNER = PlannerConfig(kind="actor", horizon=3, reach=0.4)
 # On a line from -1 to 1; the log goes right by 0.05 a step, and earns nothing.
@@ -107,6 +107,37 @@ def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: 
         seen.append(learner._average.act(s))
     assert learner.best_round == kept
     assert torch.equal(learner.best.act(s), seen[kept])
+
+
+def test_students_do_what_the_actor_does_and_walk_in_turn_with_it():
+    learner = trainer(Line(lambda s, s2: 1.0 - (s2 - 0.3).abs()))
+    for step in range(SMALL.rounds):
+        learner.update(step)
+    actor = learner.taught()
+    s = torch.linspace(-0.9, 0.9, 30)[:, None]
+    wanted, walked = actor.act(s), actor.walk(s)
+    assert torch.equal(walked[::3], wanted[::3])  # row 0 is the actor's, 1 and 2 are its students'
+    for student in (1, 2):
+        assert not torch.equal(walked[student::3], wanted[student::3])
+        error = (walked[student::3] - wanted[student::3]).square().mean()
+        assert error < 0.25 * wanted.var(), student  # a constant misses all of the variance
+
+
+def test_imagination_notes_what_the_actor_would_do_where_its_students_walk():
+    class Crab(Actor):
+        def act(self, observation: Tensor) -> Tensor:
+            return torch.full_like(observation, 0.1)
+
+        def walk(self, observation: Tensor) -> Tensor:
+            return torch.full_like(observation, -0.2)
+
+    crab = Crab(1, 1, width=2, layers=1, reach=0.1)
+    segments = imagine_shard(
+        ShardSpec(0, np.array([20]), np.zeros(1, bool)), LOG, Line(lambda s, s2: s2), values_of(LOG), PLANNER,
+        ImagineConfig(length=3), seed=0, device="cpu", actor=crab,
+    )  # fmt: skip
+    assert segments.action[0, :, 0] == pytest.approx([0.1, 0.1, 0.1])
+    assert segments.observation[0, :, 0] == pytest.approx([0.0, -0.2, -0.4, -0.6], abs=1e-6)
 
 
 def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
