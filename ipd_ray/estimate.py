@@ -379,7 +379,7 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
 
 def _segment_bytes(config: RunConfig, sizes: Sizes) -> float:
     length = config.imagine.length
-    numbers = (length + 1) * (sizes.observation + 2) + length * (sizes.action + 4) + 10
+    numbers = (length + 1) * (sizes.observation + 2) + length * (2 * sizes.action + 4) + 10
     return _starts(config, sizes) * 4.0 * numbers
 
 

@@ -46,7 +46,7 @@ from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 3
+IMAGINE_VERSION = 4
 STEPS = ("values", "world_model", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 

@@ -578,6 +578,7 @@ def _no_segments(log: Log) -> Segments:
         control=np.zeros(0, bool),
         observation=np.zeros((0, 2, t.observation_dim), np.float32),
         action=np.zeros((0, 1, t.spec.action_dim), np.float32),
+        imitated=np.zeros((0, 1, t.spec.action_dim), np.float32),
         reward=one,
         terminal=np.zeros((0, 1), bool),
         uncertainty=one,

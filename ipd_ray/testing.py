@@ -73,8 +73,9 @@ def trivial_shard(work: str, shard: int) -> dict[str, Any]:
     one, none = np.zeros((1, 1), np.float32), np.zeros((1, 1), bool)
     at, state, value = np.full(1, shard, np.int64), np.zeros((1, 2, 1), np.float32), np.zeros((1, 2), np.float32)
     segments = Segments(
-        index=at, episode=at, timestep=at, control=none[0], observation=state, action=state[:, :1], reward=one,
-        terminal=none, uncertainty=one, value=value, own_reward=one, own_terminal=none, own_length=at, own_value=value,
+        index=at, episode=at, timestep=at, control=none[0], observation=state, action=state[:, :1],
+        imitated=state[:, :1], reward=one, terminal=none, uncertainty=one, value=value, own_reward=one,
+        own_terminal=none, own_length=at, own_value=value,
     )
     return write_shard(Folder.of(work), shard, segments, {"steps": 1, "reward_gain": 0.0})
 

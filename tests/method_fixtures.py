@@ -86,9 +86,11 @@ def segments_of(index: Sequence[int], length: int, log: Log | None = None, **col
         "own_reward": np.zeros((S, length), np.float32), "own_terminal": np.zeros((S, length), bool),
         "own_length": np.full(S, length), "own_value": np.zeros((S, length + 1), np.float32),
     }
+    plain["imitated"] = columns.get("action", plain["action"])
     for name, values in columns.items():
         plain[name] = np.asarray(values, plain[name].dtype)
         assert plain[name].shape == (S, *np.shape(values)[1:]), name
+    plain["imitated"] = np.asarray(plain["imitated"], np.float32)
     return Segments(**{f.name: plain[f.name] for f in fields(Segments)})
 
 

@@ -24,7 +24,7 @@ from ipd_ray.data.transitions import Bools, Floats, Ints, digest
 from ipd_ray.errors import UserError
 from ipd_ray.storage import Folder
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Segments:
     observation: Floats
     """(S, L + 1, O), raw; repeated after the segment ended."""
     action: Floats
-    """(S, L, A), in [-1, 1]."""
+    """(S, L, A), in [-1, 1]; taken."""
+    imitated: Floats
+    """(S, L, A), what a policy is to do there: `action`, but for an actor whose students walked."""
     reward: Floats
     """(S, L), transformed."""
     terminal: Bools

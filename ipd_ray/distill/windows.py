@@ -252,7 +252,7 @@ def _splice(
     ends = [np.arange(offset[i + 1] - 1, offset[i] + past[i] - 1, -context) for i in range(len(rows))]
     return _Spliced(
         observation=pick(t.observation[source], segments.observation[row, k]),
-        action=pick(t.action[source], segments.action[row, k]),
+        action=pick(t.action[source], segments.imitated[row, k]),
         prompt=pick(prompts.log[source], prompts.imagined[row, k]).astype(np.float32),
         timestep=segments.timestep[row] + place - past[owner],
         weight=np.where(is_real, 0.0, weight[row, k]).astype(np.float32),

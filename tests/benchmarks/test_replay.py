@@ -141,7 +141,7 @@ def two_segments() -> Segments:
     return Segments(
         index=np.array([0, 2]), episode=np.array([0, 1]), timestep=np.array([0, 0]), control=np.array([False, True]),
         observation=np.array([[0, 1, 2], [3, 4, 5]], np.float32)[..., None],
-        action=np.ones((2, 2, 1), np.float32),
+        action=np.ones((2, 2, 1), np.float32), imitated=np.ones((2, 2, 1), np.float32),
         reward=np.array([[2, 6], [8, 10]], np.float32),
         terminal=np.zeros((2, 2), bool), uncertainty=np.zeros((2, 2), np.float32),
         value=np.array([[0, 1, 2], [3, 4, 5]], np.float32),

@@ -123,7 +123,7 @@ def test_students_do_what_the_actor_does_and_walk_in_turn_with_it():
         assert error < 0.25 * wanted.var(), student  # a constant misses all of the variance
 
 
-def test_imagination_notes_what_the_actor_would_do_where_its_students_walk():
+def test_where_students_walk_what_the_actor_would_do_is_imitated():
     class Crab(Actor):
         def act(self, observation: Tensor) -> Tensor:
             return torch.full_like(observation, 0.1)
@@ -136,7 +136,8 @@ def test_imagination_notes_what_the_actor_would_do_where_its_students_walk():
         ShardSpec(0, np.array([20]), np.zeros(1, bool)), LOG, Line(lambda s, s2: s2), values_of(LOG), PLANNER,
         ImagineConfig(length=3), seed=0, device="cpu", actor=crab,
     )  # fmt: skip
-    assert segments.action[0, :, 0] == pytest.approx([0.1, 0.1, 0.1])
+    assert segments.imitated[0, :, 0] == pytest.approx([0.1, 0.1, 0.1])
+    assert segments.action[0, :, 0] == pytest.approx([-0.2, -0.2, -0.2])
     assert segments.observation[0, :, 0] == pytest.approx([0.0, -0.2, -0.4, -0.6], abs=1e-6)
 
 
@@ -180,5 +181,5 @@ def test_what_it_leaves_is_read_back_and_imagines(tmp_path: Path):
         spec, LOG, world, values_of(LOG), PLANNER, ImagineConfig(length=2), seed=0, device="cpu", actor=again
     )
     s = torch.from_numpy(LOG.transitions.observation[[3, 50]])
-    assert segments.action[:, 0].tolist() == pytest.approx(actor.act(s).numpy())
+    assert segments.imitated[:, 0].tolist() == pytest.approx(actor.act(s).numpy())
     assert isinstance(again, Actor)

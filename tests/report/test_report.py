@@ -48,6 +48,7 @@ def segments(data: Transitions) -> Segments:
     return Segments(
         index=index, episode=index // 10, timestep=index % 10, control=index > 20,
         observation=np.repeat(data.observation[index][:, None], L + 1, 1), action=zeros[..., None],
+        imitated=zeros[..., None],
         reward=zeros, terminal=zeros > 0, uncertainty=zeros + 0.1, value=np.tile(np.linspace(-1, 1, S)[:, None], L + 1),
         own_reward=zeros, own_terminal=zeros > 0, own_length=np.full(S, L), own_value=np.zeros((S, L + 1), np.float32),
     )
