@@ -33,6 +33,7 @@ _BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Reach = Annotated[float, Field(gt=0.0, le=2.0)]
 Precision = Literal["float32", "bfloat16"]
 """bfloat16 rounds each factor to 3 digits, and is fast where the hardware knows it: AVX512-BF16, AMX, GPUs."""
 
@@ -172,8 +173,8 @@ class PlannerConfig(Section):
     are too jagged for that where episodes can end early (docs/notes.md)."""
     iterations: PositiveInt = 6
     """Steps of the climb (gradient)."""
-    reach: Annotated[float, Field(gt=0.0, le=2.0)] = 0.3
-    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (actor, gradient)."""
+    reach: Reach = 0.3
+    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (gradient)."""
     candidates: PositiveInt = 256
     """N, action sequences a step and state (mpc, greedy_q). Rounded up to a multiple of world_model.elites."""
     horizon: PositiveInt = 5
@@ -192,8 +193,12 @@ class PlannerConfig(Section):
 class ActorConfig(Section):
     """Step 3, the actor that learns the planner's score by heart inside the world model (planner.kind=actor)."""
 
+    reaches: Annotated[tuple[Reach, ...], Field(min_length=1)] = (0.15, 0.3)
+    """How far its actions may lie from the behaviour policy's, in rescaled action units: an actor learns for each, the
+    one that does best inside the world model is kept. Large ones leave what a narrow log lets the world model know,
+    small ones gain less."""
     rounds: PositiveInt = 20
-    """Times that the actor is rolled out, V learns what came of it, and the actor climbs the score with that V."""
+    """For each reach, the times that the actor is rolled out, V learns what came of it, and the actor climbs the score with that V."""
     starts: PositiveInt = 1000
     """States rolled out a round, rounded up to a multiple of world_model.elites."""
     length: PositiveInt = 100

@@ -291,7 +291,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
         played = min(sizes.longest, 1000) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
-        return a.rounds * (climbed + rolled + learned + played)
+        return len(a.reaches) * a.rounds * (climbed + rolled + learned + played)
     if step == "imagine":
         elites = config.world_model.elites
         planned = operations("plan", config, sizes) + 2.0 * elites * w.model

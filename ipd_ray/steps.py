@@ -49,7 +49,7 @@ from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
-from ipd_ray.imagine.actor import Actor, ActorTrainer, learn_actor, load_actor
+from ipd_ray.imagine.actor import Actor, ActorSearch, ActorTrainer, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.storage import Folder
@@ -171,11 +171,15 @@ def run_actor(
     def imagined_return(actor: Actor) -> float:
         return float(play(actor)[0].mean())
 
-    trainer = ActorTrainer(data, behaviour, dynamics, planner, config, judge=imagined_return, **known)
-    actor = learn_actor(trainer, config, workspace)
+    def trainer(reach: float) -> ActorTrainer:
+        return ActorTrainer(data, behaviour, dynamics, planner, config, judge=imagined_return, reach=reach, **known)
+
+    search = ActorSearch(trainer, config)
+    actor = learn_actor(search, config, workspace)
     returns, ended, halted = play(actor)
     workspace.finish(actor.state_dict(), {
-        "round": trainer.best_round, "behaviour_return": trainer.behaviour_return,
+        "round": search.best.best_round, "reach": actor.sizes["reach"],
+        "behaviour_return": search.best.behaviour_return,
         "return_mean": float(returns.mean()), "return_sem": float(returns.std() / np.sqrt(len(returns))),
         "ended": ended, "halted": halted,
     }, actor=actor.sizes)

@@ -83,8 +83,8 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
 
 def test_a_run_whose_plans_are_an_actor_s(place: Path) -> None:
     folder = place / "runs" / "actor"
-    small = ("actor.rounds=3", "actor.starts=20", "actor.length=5", "actor.value_updates=4", "actor.updates=4",
-             "actor.student_updates=4")
+    small = ("actor.reaches=[0.2]", "actor.rounds=3", "actor.starts=20", "actor.length=5",
+             "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")
     run(LOG, settings("planner.kind=actor", *small), run_dir=folder)
     assert list(json.loads((folder / "summary.json").read_text())["seconds"]) == [*PARTS[:2], "actor", *PARTS[2:]]
     rounds = [row for row in read_jsonl(folder / "metrics.jsonl") if row["part"] == "actor"]

@@ -160,14 +160,15 @@ class ActorTrainer:
         seed: int,
         device: str,
         judge: Callable[[Actor], float],
+        reach: float,
     ):
         """values: step 1's result, which is not changed. uncertainty, threshold: kind of U, and over which value a step
-        is not known. judge: an actor's return inside the world model."""
+        is not known. judge: an actor's return inside the world model. reach: of the actor."""
         torch.manual_seed(seed + 3)
         self._log, self._dynamics, self._planner, self._config = log, dynamics, planner, config
         self._uncertainty, self._threshold, self._seed, self._device = uncertainty, threshold, seed, device
         self._judge = judge
-        self.actor = self._new_actor(values)
+        self.actor = self._new_actor(values, reach)
         self.best = copy.deepcopy(self.actor)
         """The actor that is kept."""
         self.behaviour_return = self.best_return = judge(self.best)
@@ -309,11 +310,11 @@ class ActorTrainer:
         torch._foreach_lerp_(averaged, [p.detach() for p in self._changed], 1.0 - self._config.ema)
         return mean.detach()
 
-    def _new_actor(self, values: ValueFunctions) -> Actor:
+    def _new_actor(self, values: ValueFunctions, reach: float) -> Actor:
         """Return an actor that is the behaviour policy."""
         t, net = self._log.transitions, values.behaviour_net
         width, layers = net.out.weight.shape[1], len(net.hidden)
-        sizes: dict[str, Any] = {"width": width, "layers": layers, "reach": self._planner.reach}
+        sizes: dict[str, Any] = {"width": width, "layers": layers, "reach": reach}
         actor = Actor(t.observation_dim, t.spec.action_dim, **sizes)
         actor.behaviour_net.load_state_dict(net.state_dict())
         for name in ("observation_mean", "observation_std"):
@@ -395,10 +396,49 @@ class ActorTrainer:
         self._ends = tensors["ends"].to(self._device)
 
 
-def learn_actor(trainer: ActorTrainer, config: ActorConfig, workspace: Workspace) -> Actor:
+class ActorSearch:
+    """An actor for each reach, one after the other; the one that does best inside the world model is kept."""
+
+    def __init__(self, make: Callable[[float], ActorTrainer], config: ActorConfig):
+        self._make, self._config, self._at = make, config, 0
+        self.trainer = make(config.reaches[0])
+        self._before: ActorTrainer | None = None
+        """The best of the reaches before."""
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        at, turn = divmod(step, self._config.rounds)
+        if at != self._at:
+            self._before, self._at = self.best, at
+            self.trainer = self._make(self._config.reaches[at])
+        return self.trainer.update(turn)
+
+    @property
+    def best(self) -> ActorTrainer:
+        """The trainer of the reach that did best so far; the first of equals."""
+        before = self._before
+        return before if before is not None and before.best_return >= self.trainer.best_return else self.trainer
+
+    def state(self) -> dict[str, Tensor]:
+        both = prefixed("now", self.trainer.state())
+        if self._before is not None:
+            which = self._config.reaches.index(float(self._before.best.sizes["reach"]))
+            both |= {**prefixed("before", self._before.state()), "which": torch.tensor(which)}
+        return {**both, "at": torch.tensor(self._at)}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self._at = int(tensors["at"])
+        if self._at:
+            self.trainer = self._make(self._config.reaches[self._at])
+        self.trainer.load_state(stripped("now", tensors))
+        if "which" in tensors:
+            self._before = self._make(self._config.reaches[int(tensors["which"])])
+            self._before.load_state(stripped("before", tensors))
+
+
+def learn_actor(search: ActorSearch, config: ActorConfig, workspace: Workspace) -> Actor:
     """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept, with its students."""
-    exhaust(train(trainer, config.rounds, workspace, log_every=1))
-    return trainer.taught()
+    exhaust(train(search, config.rounds * len(config.reaches), workspace, log_every=1))
+    return search.best.taught()
 
 
 def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> Actor:

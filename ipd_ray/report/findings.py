@@ -227,7 +227,7 @@ def _actor(view: View) -> list[Finding]:
         return [Finding(
             True, "curves",
             f"Inside the world model no round of the actor earned more than the behaviour policy ({readable(before)}), "
-            "whose steps are imagined instead: lower planner.reach, or improve the world model.",
+            "whose steps are imagined instead: lower actor.reaches, or improve the world model.",
         )]  # fmt: skip
     return [Finding(
         False, "curves",

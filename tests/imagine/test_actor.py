@@ -14,7 +14,7 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace
 from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConfig, ValuesConfig
 from ipd_ray.evaluate.choose import imagined_returns
-from ipd_ray.imagine.actor import Actor, ActorTrainer, learn_actor, load_actor
+from ipd_ray.imagine.actor import Actor, ActorSearch, ActorTrainer, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
 from ipd_ray.steps import _Memoryless
 from ipd_ray.values.fit import frozen
@@ -30,9 +30,10 @@ SMALL = ActorConfig(
     updates=60,
     batch_size=64,
     learning_rate=3e-3,
-    ema=0.95, students=2, student_updates=400,
+    ema=0.95, reaches=(0.4,), students=2, student_updates=400,
 )
-PLANNER = PlannerConfig(kind="actor", horizon=3, reach=0.4)
+PLANNER = PlannerConfig(kind="actor", horizon=3)
+REACH = SMALL.reaches[0]
 # On a line from -1 to 1; the log goes right by 0.05 a step, and earns nothing.
 LOG = log_of([(np.linspace(-1, 1, 41)[:, None], np.full((40, 1), 0.05), np.zeros(40), False)] * 3, discount=0.9)
 
@@ -50,9 +51,24 @@ def values_of(log: Any) -> ValueFunctions:
 
 def trainer(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> ActorTrainer:
     values = options.pop("values", None) or values_of(log)
-    known = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu", **options}
+    plain = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu", "reach": REACH}
+    known = {**plain, **options}
     known.setdefault("judge", lambda actor: float(actor.change_net.out.weight.abs().sum()))  # the last round
     return ActorTrainer(log, values, world, PLANNER, config, **known)
+
+
+def search(world: Any, config: ActorConfig = SMALL, **options: Any) -> ActorSearch:
+    return ActorSearch(lambda reach: trainer(world, config=config, reach=reach, **options), config)
+
+
+@pytest.mark.parametrize(
+    ("worth", "kept"), [({0.1: 3.0, 0.2: 5.0, 0.4: 4.0}, 0.2), ({0.1: 3.0, 0.2: 3.0, 0.4: 2.0}, 0.1)]
+)
+def test_the_reach_that_does_best_is_kept(tmp_path: Path, worth: dict[float, float], kept: float):
+    config = SMALL.model_copy(update={"rounds": 1, "reaches": (0.1, 0.2, 0.4), "students": 0})
+    judge = lambda actor: worth[actor.sizes["reach"]] * bool(actor.change_net.out.weight.any())  # noqa: E731
+    found = learn_actor(search(Line(lambda s, s2: s2), config, judge=judge), config, Workspace(tmp_path))
+    assert found.sizes["reach"] == kept
 
 
 def test_it_begins_as_the_behaviour_policy():
@@ -73,7 +89,7 @@ def test_it_goes_where_the_reward_is_and_stays_within_reach():
     # Reward is highest at 0.3: from the left it goes right, from the right left.
     action = learned_in(Line(lambda s, s2: 1.0 - (s2 - 0.3).abs())).act(torch.tensor([[-0.8], [0.9]]))
     assert action[0] > 0.2 and action[1] < -0.2
-    assert action.abs().max() <= PLANNER.reach + 1e-6
+    assert action.abs().max() <= REACH + 1e-6
 
 
 def test_what_ends_is_avoided_though_the_log_knows_no_end():
@@ -160,21 +176,24 @@ def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
     assert gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain))
 
 
-def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path):
+@pytest.mark.parametrize("done", [1, 3, 5])
+def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path, done: int):
     world = Line(lambda s, s2: s2)
-    whole = learn_actor(trainer(world), SMALL, Workspace(tmp_path / "whole"))
-    cut = trainer(world)
-    for step in range(3):
+    config = SMALL.model_copy(update={"rounds": 2, "reaches": (0.4, 0.1, 0.2)})
+    whole = learn_actor(search(world, config), config, Workspace(tmp_path / "whole"))
+    cut = search(world, config)
+    for step in range(done):
         cut.update(step)
-    Workspace(tmp_path / "cut").checkpoint(3, cut.state())
-    resumed = learn_actor(trainer(world), SMALL, Workspace(tmp_path / "cut"))
+    Workspace(tmp_path / "cut").checkpoint(done, cut.state())
+    resumed = learn_actor(search(world, config), config, Workspace(tmp_path / "cut"))
+    assert whole.sizes == resumed.sizes
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def test_what_it_leaves_is_read_back_and_imagines(tmp_path: Path):
     world = Line(lambda s, s2: s2)
-    actor = learn_actor(trainer(world), SMALL, Workspace(tmp_path))
+    actor = learn_actor(search(world), SMALL, Workspace(tmp_path))
     again = load_actor(actor.state_dict(), {"actor": actor.sizes}, "cpu")
     spec = ShardSpec(0, np.array([3, 50]), np.zeros(2, bool))
     segments = imagine_shard(
