@@ -198,7 +198,8 @@ class ActorConfig(Section):
     one that does best inside the world model is kept. Large ones leave what a narrow log lets the world model know,
     small ones gain less."""
     rounds: PositiveInt = 20
-    """For each reach, the times that the actor is rolled out, V learns what came of it, and the actor climbs the score with that V."""
+    """Times for each reach that the actor is rolled out, V learns what came of it, and the actor climbs the score with
+    that V."""
     starts: PositiveInt = 1000
     """States rolled out a round, rounded up to a multiple of world_model.elites."""
     length: PositiveInt = 100
