@@ -47,7 +47,8 @@ def _curve_section(view: View) -> str:
             series = _series(rows, name)
             (positive if min(series[1]) > 0 else signed)[name] = series
         across = {"actor": "rounds", "imagine": "shards"}.get(part, "updates")
-        for group in (positive, signed):
+        earned = {name: positive.pop(name) for name in ("imagined_return",) if name in positive}
+        for group in (earned, positive, signed):
             if group:
                 what = ", ".join(group)
                 panels.append(
