@@ -79,6 +79,21 @@ def test_two_runs_at_once_share_the_cluster_and_come_to_what_each_comes_to_alone
             assert RunFolder(tmp_path / "ray" / name).artifact("evaluate")
 
 
+def test_an_actor_and_what_it_imagines_are_the_same_whoever_makes_them(ray_cluster: str, tmp_path: Path):
+    write_log(tmp_path)
+    small = ["planner.kind=actor", "actor.reaches=[0.2, 0.1]", "actor.rounds=2", "actor.starts=20", "actor.length=5",
+             "actor.value_updates=4", "actor.updates=4", "actor.students=2", "actor.student_updates=4"]  # fmt: skip
+    engines = {"ray": ["runtime.engine=ray", f"runtime.address={ray_cluster}", "runtime.actors=1"], "local": []}
+    for name, words in engines.items():
+        process = ipd_ray("imagine", LOG, *SETTINGS, *small, *words, "--run-dir", f"{name}/run", cwd=tmp_path,
+                          MINARI_DATASETS_PATH=str(tmp_path))  # fmt: skip
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    for part in ("actor", "imagine"):
+        one, other = (Artifact(RunFolder(tmp_path / name / "run").artifact(part)) for name in engines)
+        assert one.digest == other.digest, part
+
+
 def test_interrupt_leaves_nothing_running(ray_cluster, tiny_method, tmp_path: Path):
     """Ctrl-C arrives in a tick; afterwards the cluster is free again."""
     import ray
