@@ -81,6 +81,12 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
     assert not (folder / "lease.json").exists()
 
 
+def test_an_actor_that_no_plan_asks_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="planner.kind=mpc learns no actor: set planner.kind=actor"):
+        run(LOG, settings(), run_dir=tmp_path / "run", until="actor")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_whose_plans_are_an_actor_s(place: Path) -> None:
     folder = place / "runs" / "actor"
     small = ("actor.reaches=[0.2]", "actor.rounds=3", "actor.starts=20", "actor.length=5",
