@@ -82,7 +82,7 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
 
 
 def test_an_actor_that_no_plan_asks_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="planner.kind=mpc learns no actor: set planner.kind=actor"):
+    with pytest.raises(UserError, match="learns no actor: set"):
         run(LOG, settings(), run_dir=tmp_path / "run", until="actor")
     assert not (tmp_path / "run").exists()
 
