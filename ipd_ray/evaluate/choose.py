@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
+from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
@@ -26,21 +26,6 @@ class Player(Protocol):
     def reset(self, mask: Any = None) -> None: ...
 
     def act(self, observation: Any, reward: Any = None) -> Any: ...
-
-
-class Dynamics(Protocol):
-    """What is asked of a world model."""
-
-    @property
-    def elites(self) -> int: ...
-
-    def step(self, observation_EBO: Tensor, action_EBA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Next observation, transformed reward and termination probability; elite e for row group e."""
-
-    def step_together(
-        self, observation_BO: Tensor, action_BA: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Mean transition of the elites and their Gaussians."""
 
 
 def first_observations(log: Log, episodes: int) -> Floats:
@@ -62,7 +47,7 @@ def simplest_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance:
 def imagined_returns(
     policy: Player,
     log: Log,
-    dynamics: Dynamics,
+    dynamics: ImaginationDynamics,
     config: ChooseConfig,
     *,
     uncertainty: str,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import ActorConfig, PlannerConfig
 from ipd_ray.data.transitions import Log
+from ipd_ray.imagine.accept import step_ranges
+from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
 from ipd_ray.values.fit import evaluate_in_chunks, frozen
@@ -44,21 +46,6 @@ _RANGE = 0.05
 """Share of the log's range by which an imagined observation may leave it."""
 _WORST = 0.001
 """Quantile of the log's V that a state beyond what is known is worth at most."""
-
-
-class Dynamics(Protocol):
-    """What is asked of a world model."""
-
-    @property
-    def elites(self) -> int: ...
-
-    def step(self, observation_EBO: Tensor, action_EBA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Next observation, transformed reward and termination probability; elite e for row group e."""
-
-    def step_together(
-        self, observation_BO: Tensor, action_BA: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Mean transition of the elites and their Gaussians."""
 
 
 class Actor(nn.Module):
@@ -135,9 +122,9 @@ class ActorTrainer:
     """One update is a round: roll the actor out, teach V what came of it, let the actor climb the score with that V.
 
     The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma that of
-    `config.discount`; its gradient
-    goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer, arXiv:1912.01603). V is regressed on
-    the lambda-returns of roll-outs of which each stays inside one elite, every second one with noise on its actions. A
+    `config.discount`; its gradient goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer,
+    arXiv:1912.01603). V is regressed on the lambda-returns of roll-outs of which each stays inside one elite, every
+    second one with noise on its actions. A
     roll-out stops where its observation leaves the log's range or its U exceeds `threshold`, and what lies there is
     worth no more than the worst states of the log. A share of the roll-outs goes on where others of the round before
     ended: the actor is to be good where it gets to.
@@ -151,7 +138,7 @@ class ActorTrainer:
         self,
         log: Log,
         values: ValueFunctions,
-        dynamics: Dynamics,
+        dynamics: ImaginationDynamics,
         planner: PlannerConfig,
         config: ActorConfig,
         *,
@@ -189,8 +176,7 @@ class ActorTrainer:
         self._best = np.argsort(-v, kind="stable")[: max(1, int(_FRONTIER * len(v)))]
         self._worst, self._scale = float(np.quantile(v, _WORST)), max(float(v.std()), 1e-6)
         self._observation, self._v = (torch.from_numpy(x).to(device) for x in (t.observation, v))
-        low = np.minimum(t.observation.min(0), t.next_observation.min(0))
-        high = np.maximum(t.observation.max(0), t.next_observation.max(0))
+        low, high = step_ranges(log)[:2]
         slack = _RANGE * (high - low)
         self._low, self._high = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
         self._ends = self._observation[:0]

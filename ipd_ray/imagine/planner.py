@@ -22,6 +22,15 @@ class Dynamics(Protocol):
         """Next observation, transformed reward and termination probability; elite e for row group e."""
 
 
+class ImaginationDynamics(Dynamics, Protocol):
+    """A world model that segments and whole episodes can be rolled out in."""
+
+    def step_together(
+        self, observation_BO: Tensor, action_BA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Mean transition of the elites and their Gaussians."""
+
+
 class Values(Protocol):
     """What the planner needs of the values."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,20 +12,11 @@ from ipd_ray.config import ImagineConfig, PlannerConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 from ipd_ray.imagine.actor import Actor
-from ipd_ray.imagine.planner import Dynamics, Values, plan
+from ipd_ray.imagine.planner import ImaginationDynamics, Values, plan
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
 _STREAM = 44
-
-
-class ImaginationDynamics(Dynamics, Protocol):
-    """A world model that segments can be rolled out in."""
-
-    def step_together(
-        self, observation_BO: Tensor, action_BA: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Mean transition of the elites and their Gaussians."""
 
 
 @dataclass(frozen=True)
