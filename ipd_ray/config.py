@@ -193,7 +193,7 @@ class PlannerConfig(Section):
 class ActorConfig(Section):
     """Step 3, the actor that learns the planner's score by heart inside the world model (planner.kind=actor)."""
 
-    reaches: Annotated[tuple[Reach, ...], Field(min_length=1)] = (0.15, 0.3)
+    reaches: Annotated[tuple[Reach, ...], Field(min_length=1)] = (0.075, 0.15, 0.3)
     """How far its actions may lie from the behaviour policy's, in rescaled action units: an actor learns for each, the
     one that does best inside the world model is kept. Large ones leave what a narrow log lets the world model know,
     small ones gain less."""
