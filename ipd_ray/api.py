@@ -52,7 +52,7 @@ def run(
     dataset: a Minari id, local or remote, or `demo`.
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
-    until: the last step: values, world_model, actor, imagine, distill, choose, fitted_q or evaluate.
+    until: the last step: values, world_model, reach, actor, imagine, distill, choose, fitted_q or evaluate.
     listeners: hear of the run beside its own files, and are closed at its end; see ipd_ray.progress.Listener.
 
     Call it again with the same arguments and it goes on where it stopped: what is finished is reused.
@@ -108,7 +108,7 @@ def plan(
 def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, until: str) -> None:
     if until not in STEPS:
         raise UserError(f"until={until!r} must be one of {', '.join(STEPS)}.")
-    if until == "actor" and config.planner.kind != "actor":
+    if until in ("reach", "actor") and config.planner.kind != "actor":
         raise UserError(
             f"planner.kind={config.planner.kind} learns no actor: set planner.kind=actor, or go on to the next step, "
             "imagine."

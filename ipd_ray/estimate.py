@@ -39,6 +39,8 @@ ACT_SECONDS = 4e-3
 """One forward pass of the policy for all environments."""
 MEASURE_SECONDS = 0.06
 """Of one measurement."""
+_SIDE_BY_SIDE = {"values": "first", "world_model": "first", "reach": "reaches"}
+"""Steps that are made at the same time."""
 PROCESS_BYTES = 400e6
 """A worker before it has read anything."""
 
@@ -114,13 +116,15 @@ def work_seconds(
 
 def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[str, float]:
     """Return the whole run's seconds, peak memory and disk, with `processes` workers."""
-    seconds = {row["step"]: row["seconds"] for row in rows}
-    memory = {row["step"]: row["memory"] for row in rows}
-    first = [seconds.get("values", 0.0), seconds.get("world_model", 0.0)]
-    rest = sum(s for name, s in seconds.items() if name not in ("values", "world_model"))
-    time_ = (max(first) if processes > 1 else sum(first)) + rest
-    side = memory.get("values", 0) + memory.get("world_model", 0)
-    peak = max([side, memory.get("imagine", 0) * processes, *memory.values()], default=0)
+    together: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        together.setdefault(_SIDE_BY_SIDE.get(row["step"].partition(":")[0], row["step"]), []).append(row)
+    time_, peak = 0.0, 0.0
+    for name, group in together.items():
+        seconds = [row["seconds"] for row in group]
+        time_ += max([*seconds, sum(seconds) / processes])
+        memory = sorted((row["memory"] for row in group), reverse=True)[:processes]
+        peak = max(peak, memory[0] * processes if name == "imagine" else sum(memory))
     sizes = Sizes.of(context)
     driver = PROCESS_BYTES + _log_bytes(sizes)
     disk = sum(row["disk"] for row in rows) + _data_left(context, sizes)
@@ -282,7 +286,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         each = _update("world_model", operations("world_model", config, sizes), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
-    if step == "actor":
+    if step in ("reach", "actor"):
         a, elites = config.actor, config.world_model.elites
         rate = speed.product(elites, a.batch_size // elites, config.world_model.width)
         look = config.planner.horizon * (w.model + w.termination + w.actor) + w.v
@@ -291,7 +295,10 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
         played = min(sizes.longest, 1000) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
-        return len(a.reaches) * a.rounds * (climbed + rolled + learned + played)
+        if step == "actor":
+            copied = a.student_updates * _update("actor", 3.0 * 512 * w.actor, rate, speed)  # of one network
+            return a.students * (copied + rolled)
+        return a.rounds * (climbed + rolled + learned + played)
     if step == "imagine":
         elites = config.world_model.elites
         planned = operations("plan", config, sizes) + 2.0 * elites * w.model
@@ -333,10 +340,11 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         m = config.world_model
         return log + 4.0 * steps * (2 * o + a + 1) * 3 + 8.0 * steps * m.members + 4.0 * 6 * m.members * w.model
-    if step == "actor":  # roll-outs, and every activation of the climb
+    if step in ("reach", "actor"):  # roll-outs, and every activation of the climb
         c, m = config.actor, config.world_model
         climb = c.batch_size * config.planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
-        return log + 4.0 * (c.starts * c.length * (o + 6) * 3 + climb + steps)
+        tables = c.students if step == "actor" else 3
+        return log + 4.0 * (c.starts * c.length * (o + 6) * tables + climb + steps)
     if step == "imagine":
         m, elites = config.world_model, config.world_model.elites
         width, planner = max(m.width, config.values.width), config.planner
@@ -368,6 +376,8 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         return 4.0 * (config.world_model.members * w.model * 5 + w.termination + 3 * sizes.held)
     if step == "actor":
+        return 2.0 * w.actor * (2 + config.actor.students)
+    if step == "reach":
         return 4.0 * (6 * w.actor + 3 * w.v + config.actor.starts * sizes.observation)
     if step == "imagine":
         return _segment_bytes(config, sizes)

@@ -6,7 +6,7 @@ Every step is looked up by key first; what is missing is claimed, computed by an
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
     DistillJob,
+    Imagination,
     LogRef,
     Place,
     finish_imagination,
@@ -36,6 +37,7 @@ from ipd_ray.steps import (
     run_choose,
     run_evaluate,
     run_fitted_q,
+    run_reach,
     run_select,
     run_shard,
     run_values,
@@ -47,7 +49,9 @@ from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
 IMAGINE_VERSION = 4
-STEPS = ("values", "world_model", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
+_OF_ALL_REACHES = ("reaches", "students", "student_updates")
+"""Settings of the actor that an actor of one reach does not depend on."""
+STEPS = ("values", "world_model", "reach", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,19 @@ class Parts:
             data,
         )
         learned = {"values": self.values.key, "world_model": self.world_model.key}
+        self.reaches: dict[float, Part] = {}
         self.actor: Part | None = None
         """None where plans are found anew for each state."""
         if c.planner.kind == "actor":
-            about: dict[str, Any] = {"actor": c.actor, "planner": c.planner, "uncertainty": c.imagine.uncertainty}
-            self.actor = Part("actor", "actor", actor_fit.VERSION, c.seed, about, learned)
+            about: dict[str, Any] = {"planner": c.planner, "uncertainty": c.imagine.uncertainty}
+            alone = {**about, "actor": c.actor.model_dump(mode="json", exclude=set(_OF_ALL_REACHES))}
+            for reach in c.actor.reaches:
+                sections = {**alone, "reach": reach}
+                self.reaches[reach] = Part(
+                    f"reach:{reach:g}", "reach", actor_fit.VERSION, c.seed, sections, learned
+                )
+            upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
+            self.actor = Part("actor", "actor", actor_fit.VERSION, c.seed, {**about, "actor": c.actor}, upstream)
             learned = {**learned, "actor": self.actor.key}
         sections = {"select": c.select, "planner": c.planner, "imagine": c.imagine}
         self.imagine = Part("imagine", "imagine", IMAGINE_VERSION, c.seed, sections, learned)
@@ -157,7 +169,8 @@ class Parts:
 
     def until(self, last: str) -> list[Part]:
         """All parts that a run up to and including a step needs, in order."""
-        ahead, order = [self.world_model, *([self.actor] if self.actor else []), self.imagine], STEPS.index(last)
+        actor = [*self.reaches.values(), self.actor] if self.actor else []
+        ahead, order = [self.world_model, *actor, self.imagine], STEPS.index(last)
         if order >= STEPS.index("distill") and not self._imagines:
             ahead = [self.world_model] if order > STEPS.index("distill") and self.choose else []
         after = [part for part in (self.choose, self.fitted_q) if part]
@@ -227,6 +240,8 @@ def run_until(context: Context, last: str = "evaluate") -> None:
     """The method. Each step is reused where its key is in the store."""
     needed = {part.step for part in context.parts.until(last)}
     learn_values_and_world_model(context, also_world_model="world_model" in needed)
+    if "reach" in needed:
+        learn_reaches(context)
     if "actor" in needed:
         learn_actor(context)
     if "imagine" in needed:
@@ -243,46 +258,42 @@ def run_until(context: Context, last: str = "evaluate") -> None:
 
 def learn_values_and_world_model(context: Context, also_world_model: bool = True) -> None:
     """Steps 1 and 2, side by side."""
-    parts = {"values": context.parts.values}
+    config, parts = context.config, context.parts
+
+    def arguments(section: Any) -> Callable[[], dict[str, Any]]:
+        return lambda: {"log": context.log, "config": section, "seed": config.seed}
+
+    jobs = [Job(parts.values, run_values, arguments(config.values))]
     if also_world_model:
-        parts["world_model"] = context.parts.world_model
-    config, log = context.config, context.log
+        jobs.append(Job(parts.world_model, run_world_model, arguments(config.world_model)))
+    _obtain(context, jobs)
 
-    def compute(folders: dict[str, Folder]) -> None:
-        functions: dict[str, tuple[Callable[..., Any], Any]] = {
-            "values": (run_values, config.values),
-            "world_model": (run_world_model, config.world_model),
-        }
-        tasks, tails = [], []
-        for name, folder in folders.items():
-            function, section = functions[name]
-            arguments = {
-                "work": str(folder),
-                "place": context.place(),
-                "log": log,
-                "config": section,
-                "seed": config.seed,
-            }
-            tasks.append(Task(name, function, arguments))
-            tails.append(CurveTail(name, folder, context.listener))
-        context.engine.run_steps(tasks, lambda: _call(tails))
 
-    context.obtain(parts, compute)
+def learn_reaches(context: Context) -> None:
+    """Step 3, where planner.kind=actor: an actor for each reach, side by side."""
+
+    def arguments(reach: float) -> Callable[[], dict[str, Any]]:
+        return lambda: {"imagination": _imagination(context), "planner": context.config.planner, "reach": reach}
+
+    _obtain(context, [Job(part, run_reach, arguments(reach)) for reach, part in context.parts.reaches.items()])
 
 
 def learn_actor(context: Context) -> None:
-    """Step 3, where planner.kind=actor."""
-    config, part = context.config, context.parts.actor
+    """Step 3, where planner.kind=actor: the best of the reaches, and its students."""
+    part = context.parts.actor
     assert part is not None  # part of the run
-    _obtain_alone(context, part, run_actor, lambda: {
-        "log": context.log,
-        "values": context.path(context.parts.values),
-        "world_model": context.path(context.parts.world_model),
-        "planner": config.planner,
-        "config": config.actor,
-        "uncertainty": config.imagine.uncertainty,
-        "seed": config.seed,
-    })
+    _obtain(context, [Job(part, run_actor, lambda: {
+        "imagination": _imagination(context),
+        "reaches": [context.path(reach) for reach in context.parts.reaches.values()],
+    })])
+
+
+def _imagination(context: Context) -> Imagination:
+    config, parts = context.config, context.parts
+    return Imagination(
+        context.log, context.path(parts.values), context.path(parts.world_model), config.actor,
+        config.imagine.uncertainty, config.seed,
+    )  # fmt: skip
 
 
 def imagine(context: Context) -> None:
@@ -357,27 +368,27 @@ def choose(context: Context) -> None:
     """Step 6, the policy that is kept."""
     config, part = context.config, context.parts.choose
     assert part is not None  # part of the run
-    _obtain_alone(context, part, run_choose, lambda: {
+    _obtain(context, [Job(part, run_choose, lambda: {
         "log": context.log,
         "world_model": context.path(context.parts.world_model),
         "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
         "uncertainty": config.imagine.uncertainty,
         "config": config.choose,
         "seed": config.seed,
-    })
+    })])
 
 
 def evaluate_offline(context: Context) -> None:
     """Step 7 without an environment: the value of the policy that is left, on held-out episodes."""
     config, part = context.config, context.parts.fitted_q
     assert part is not None  # part of the run
-    _obtain_alone(context, part, run_fitted_q, lambda: {
+    _obtain(context, [Job(part, run_fitted_q, lambda: {
         "log": context.log,
         "values": context.path(context.parts.values),
         "policy": context.path(context.parts.policy),
         "config": config.fitted_q,
         "seed": config.seed,
-    })
+    })])
 
 
 def evaluate(context: Context, variant: str = "ipd") -> None:
@@ -390,24 +401,36 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
         return
 
     chosen = context.parts.choose if variant == "ipd" else None
-    _obtain_alone(context, part, run_evaluate, lambda: {
+    _obtain(context, [Job(part, run_evaluate, lambda: {
         "policy": context.path(context.parts.distill[variant]),
         "config": config,
         "chosen": context.path(chosen) if chosen else None,
-    })
+    })])
 
 
-def _obtain_alone(
-    context: Context, part: Part, function: Callable[..., Any], arguments: Callable[[], dict[str, Any]]
-) -> None:
-    """Have a part that one worker makes; arguments: beside where it works, asked for only where it is to be made."""
+@dataclass(frozen=True)
+class Job:
+    """A part that one worker makes."""
+
+    part: Part
+    function: Callable[..., Any]
+    arguments: Callable[[], dict[str, Any]]
+    """Beside where it works; asked for only where it is to be made."""
+
+
+def _obtain(context: Context, jobs: Sequence[Job]) -> None:
+    """Have the parts, made side by side."""
 
     def compute(folders: dict[str, Folder]) -> None:
-        folder = folders[part.name]
-        task = Task(part.name, function, {"work": str(folder), "place": context.place(), **arguments()})
-        context.engine.run_steps([task], CurveTail(part.name, folder, context.listener))
+        tasks, tails = [], []
+        for job in jobs:
+            if folder := folders.get(job.part.name):
+                arguments = {"work": str(folder), "place": context.place(), **job.arguments()}
+                tasks.append(Task(job.part.name, job.function, arguments))
+                tails.append(CurveTail(job.part.name, folder, context.listener))
+        context.engine.run_steps(tasks, lambda: _call(tails))
 
-    context.obtain({part.name: part}, compute)
+    context.obtain({job.part.name: job.part for job in jobs}, compute)
 
 
 def train_threads(config: RunConfig) -> int:

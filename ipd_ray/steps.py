@@ -5,7 +5,7 @@ Every function here takes picklable arguments and paths, and may run in any proc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,11 +45,11 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
+from ipd_ray.evaluate.choose import first_of_the_best, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
-from ipd_ray.imagine.actor import Actor, ActorSearch, ActorTrainer, learn_actor, load_actor
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.storage import Folder
@@ -152,36 +152,75 @@ def actor_of(path: str, device: str) -> Actor:
     return load_actor(artifact.tensors(), artifact.described, device)
 
 
-def run_actor(
-    work: str, place: Place, log: LogRef, values: str, world_model: str, planner: PlannerConfig, config: ActorConfig,
-    uncertainty: str, seed: int,
-) -> None:
-    """Step 3, where planner.kind=actor."""
-    workspace, data, device = place.workspace(work), log.load(), place.device
-    behaviour, dynamics = values_of(values, device), world_model_of(world_model, device)
-    judge = ChooseConfig(episodes=config.episodes, length=1000)
-    known: dict[str, Any] = {
-        "uncertainty": uncertainty, "threshold": known_threshold(world_model, uncertainty, judge.known), "seed": seed,
-        "device": device,
-    }
+@dataclass(frozen=True)
+class Imagination:
+    """What the actor's steps share: all that has been learned, and how far the world model is trusted."""
 
-    def play(actor: Actor) -> tuple[Floats, float, float]:
-        return imagined_returns(_Memoryless(actor, data, device), data, dynamics, judge, **known)
+    log: LogRef
+    values: str
+    world_model: str
+    config: ActorConfig
+    uncertainty: str
+    seed: int
 
-    def imagined_return(actor: Actor) -> float:
-        return float(play(actor)[0].mean())
+    def rollouts(self, device: str) -> Rollouts:
+        """Where an actor is rolled out."""
+        return Rollouts(
+            self.log.load(), values_of(self.values, device), world_model_of(self.world_model, device), self.config,
+            uncertainty=self.uncertainty, threshold=self._threshold, seed=self.seed, device=device,
+        )  # fmt: skip
 
-    def trainer(reach: float) -> ActorTrainer:
-        return ActorTrainer(data, behaviour, dynamics, planner, config, judge=imagined_return, reach=reach, **known)
+    def play(self, actor: Actor, device: str) -> tuple[Floats, float, float]:
+        """Returns of whole episodes inside the world model; as `imagined_returns`."""
+        log = self.log.load()
+        return imagined_returns(
+            _Memoryless(actor, log, device), log, world_model_of(self.world_model, device), self._judge,
+            uncertainty=self.uncertainty, threshold=self._threshold, seed=self.seed, device=device,
+        )  # fmt: skip
 
-    search = ActorSearch(trainer, config)
-    actor = learn_actor(search, config, workspace)
-    returns, ended, halted = play(actor)
+    @property
+    def _judge(self) -> ChooseConfig:
+        return ChooseConfig(episodes=self.config.episodes, length=1000)
+
+    @property
+    def _threshold(self) -> float:
+        return known_threshold(self.world_model, self.uncertainty, self._judge.known)
+
+
+def run_reach(work: str, place: Place, imagination: Imagination, planner: PlannerConfig, reach: float) -> None:
+    """Step 3, where planner.kind=actor: the actor of one reach."""
+    workspace, device = place.workspace(work), place.device
+    trainer = ActorTrainer(
+        imagination.rollouts(device), planner, lambda actor: float(imagination.play(actor, device)[0].mean()), reach
+    )
+    actor = learn_actor(trainer, imagination.config.rounds, workspace)
+    returns, ended, halted = imagination.play(actor, device)
     workspace.finish(actor.state_dict(), {
-        "round": search.best.best_round, "reach": actor.sizes["reach"],
-        "behaviour_return": search.best.behaviour_return,
+        "reach": reach, "round": trainer.best_round, "behaviour_return": trainer.behaviour_return,
         "return_mean": float(returns.mean()), "return_sem": float(returns.std() / np.sqrt(len(returns))),
         "ended": ended, "halted": halted,
+    }, actor=actor.sizes)
+
+
+def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequence[str]) -> None:
+    """Step 3, where planner.kind=actor: the actor of the best reach, and its students.
+
+    Of the reaches that did best inside the world model, within a standard error, the largest is taken: what has more
+    room to act can correct more where the world is not as the model says (docs/notes.md). reaches: folders that
+    `run_reach` left.
+    """
+    workspace = place.workspace(work)
+    workspace.rewind({})
+    found = sorted(map(Artifact, reaches), key=lambda artifact: -artifact.diagnostics["reach"])
+    means, sems = ([a.diagnostics[name] for a in found] for name in ("return_mean", "return_sem"))
+    best = found[first_of_the_best(means, sems, 1.0)]
+    total = imagination.config.students
+    actor = with_students(
+        load_actor(best.tensors(), best.described, place.device), imagination.rollouts(place.device),
+        lambda done, error: workspace.log(done, total, {"student_mse": error}),
+    )  # fmt: skip
+    workspace.finish(actor.state_dict(), {
+        **best.diagnostics, "reaches": {f"{a.diagnostics['reach']:g}": a.diagnostics["return_mean"] for a in found},
     }, actor=actor.sizes)
 
 
@@ -486,7 +525,7 @@ def run_choose(
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
     means, errors = ([row[name] for row in found] for name in ("return_mean", "return_sem"))
-    variant, artifact, step, tensors = policies[simplest_of_the_best(means, errors, config.tolerance)]
+    variant, artifact, step, tensors = policies[first_of_the_best(means, errors, config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

@@ -14,6 +14,7 @@ from small_runs import LOG, SETTINGS, write_log
 
 import ipd_ray.report
 from ipd_ray import Policy, RunConfig, run
+from ipd_ray.api import plan
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import load
 from ipd_ray.errors import UserError
@@ -81,24 +82,47 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
     assert not (folder / "lease.json").exists()
 
 
-def test_an_actor_that_no_plan_asks_for_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("until", ["reach", "actor"])
+def test_an_actor_that_no_plan_asks_for_is_refused(tmp_path: Path, until: str) -> None:
     with pytest.raises(UserError, match="learns no actor: set"):
-        run(LOG, settings(), run_dir=tmp_path / "run", until="actor")
+        run(LOG, settings(), run_dir=tmp_path / "run", until=until)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_plans_are_an_actor_s(place: Path) -> None:
     folder = place / "runs" / "actor"
-    small = ("actor.reaches=[0.2]", "actor.rounds=3", "actor.starts=20", "actor.length=5",
-             "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")
+    small = ("actor.reaches=[0.2, 0.1]", "actor.rounds=3", "actor.starts=20", "actor.length=5",
+             "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")  # fmt: skip
     run(LOG, settings("planner.kind=actor", *small), run_dir=folder)
-    assert list(json.loads((folder / "summary.json").read_text())["seconds"]) == [*PARTS[:2], "actor", *PARTS[2:]]
-    rounds = [row for row in read_jsonl(folder / "metrics.jsonl") if row["part"] == "actor"]
-    assert [row["step"] for row in rounds] == [1, 2, 3]
-    actor = Artifact(Path(json.loads((folder / "links.json").read_text())["actor"]["path"]))
-    found = actor.diagnostics
-    later = [row["imagined_return"] for row in rounds[1:]]
-    assert found["return_mean"] == pytest.approx(max(found["behaviour_return"], *later))
+    reaches = ["reach:0.2", "reach:0.1"]
+    made = list(json.loads((folder / "summary.json").read_text())["seconds"])
+    assert made == [*PARTS[:2], *reaches, "actor", *PARTS[2:]]
+    rows, links = read_jsonl(folder / "metrics.jsonl"), json.loads((folder / "links.json").read_text())
+    found = {part: Artifact(Path(links[part]["path"])).diagnostics for part in [*reaches, "actor"]}
+    for reach in reaches:
+        rounds = [row for row in rows if row["part"] == reach]
+        assert [row["step"] for row in rounds] == [1, 2, 3]
+        later = [row["imagined_return"] for row in rounds[1:]]
+        assert found[reach]["return_mean"] == pytest.approx(max(found[reach]["behaviour_return"], *later))
+    assert [row["step"] for row in rows if row["part"] == "actor"] == [1, 2, 3, 4]
+    worth = {name[6:]: found[name]["return_mean"] for name in reaches}
+    assert found["actor"]["reaches"] == worth
+    best = max(worth, key=worth.__getitem__)
+    larger_will_do = worth["0.2"] >= worth[best] - found[f"reach:{best}"]["return_sem"]
+    assert found["actor"]["reach"] == (0.2 if larger_will_do else 0.1)
+
+
+def test_a_reach_that_is_added_is_all_that_is_learned_anew(place: Path) -> None:
+    small = ("actor.rounds=1", "actor.starts=20", "actor.length=5", "actor.value_updates=4", "actor.updates=4",
+             "actor.student_updates=4", "planner.kind=actor")  # fmt: skip
+    states = []
+    for reaches in ("[0.2]", "[0.2, 0.4]"):
+        words = settings(*small, f"actor.reaches={reaches}")
+        steps = plan(LOG, words, run_dir=place / "runs" / "reaches", until="actor")["steps"]
+        states.append({row["step"]: row["state"] for row in steps})
+        run(LOG, words, run_dir=place / "runs" / "reaches", until="actor")
+    assert states[0]["reach:0.2"] == "to do" and states[1]["reach:0.2"] == "reused"
+    assert states[1]["reach:0.4"] == states[1]["actor"] == "to do"
 
 
 def test_curves_of_all_parts_are_merged_whoever_logs_them(place: Path) -> None:

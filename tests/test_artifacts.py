@@ -31,7 +31,7 @@ from ipd_ray.artifacts import (
     stripped,
     tensor_digest,
 )
-from ipd_ray.config import RunConfig, ValuesConfig, load
+from ipd_ray.config import ActorConfig, RunConfig, ValuesConfig, load
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
@@ -61,6 +61,7 @@ def keys_of(config: RunConfig, content: str = "log") -> dict[str, str]:
     return {part.name: part.key for part in Parts(config, content).until("evaluate")}
 
 
+REACHES = {f"reach:{reach:g}" for reach in ActorConfig().reaches}
 POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
 
 
@@ -90,8 +91,9 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
 @pytest.mark.parametrize(
     ("word", "changed"),
     [
-        ("actor.rounds=3", {"actor", "imagine", "distill", "choose", "evaluate"}),
-        ("world_model.width=8", {"world_model", "actor", "imagine", "distill", "choose", "evaluate"}),
+        ("actor.rounds=3", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
+        ("actor.students=3", {"actor", "imagine", "distill", "choose", "evaluate"}),
+        ("world_model.width=8", {"world_model", *REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
         ("imagine.length=20", {"imagine", "distill", "choose", "evaluate"}),
         ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
     ],

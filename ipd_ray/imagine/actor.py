@@ -28,7 +28,7 @@ from ipd_ray.values.fit import evaluate_in_chunks, frozen
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 1
+VERSION = 2
 _STREAM = 33
 _BATCH = 512
 """Imagined states an update of V."""
@@ -97,7 +97,7 @@ class Actor(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """N roll-outs of K steps."""
 
     observations: list[Tensor]
@@ -118,20 +118,10 @@ class _Walk:
         return torch.stack(self.observations[:-1])[torch.stack(self.lives)]
 
 
-class ActorTrainer:
-    """One update is a round: roll the actor out, teach V what came of it, let the actor climb the score with that V.
+class Rollouts:
+    """Roll-outs of an actor inside the world model, as far as it knows.
 
-    The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma that of
-    `config.discount`; its gradient goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer,
-    arXiv:1912.01603). V is regressed on the lambda-returns of roll-outs of which each stays inside one elite, every
-    second one with noise on its actions. A
-    roll-out stops where its observation leaves the log's range or its U exceeds `threshold`, and what lies there is
-    worth no more than the worst states of the log. A share of the roll-outs goes on where others of the round before
-    ended: the actor is to be good where it gets to.
-
-    From round to round the actor swings, as each finds another flaw of the model. So each round's, an average over its
-    updates, plays whole episodes inside the world model, and the best of the second half is kept, when V has had the
-    time to learn of the ends that the actor finds; the behaviour policy where none is better.
+    Each stays inside one elite, and stops where its observation leaves the log's range or its U exceeds `threshold`.
     """
 
     def __init__(
@@ -139,23 +129,88 @@ class ActorTrainer:
         log: Log,
         values: ValueFunctions,
         dynamics: ImaginationDynamics,
-        planner: PlannerConfig,
         config: ActorConfig,
         *,
         uncertainty: str,
         threshold: float,
         seed: int,
         device: str,
-        judge: Callable[[Actor], float],
-        reach: float,
     ):
-        """values: step 1's result, which is not changed. uncertainty, threshold: kind of U, and over which value a step
-        is not known. judge: an actor's return inside the world model. reach: of the actor."""
-        torch.manual_seed(seed + 3)
-        self._log, self._dynamics, self._planner, self._config = log, dynamics, planner, config
-        self._uncertainty, self._threshold, self._seed, self._device = uncertainty, threshold, seed, device
-        self._judge = judge
-        self.actor = self._new_actor(values, reach)
+        """values: step 1's result. uncertainty, threshold: kind of U, and over which value a step is not known."""
+        self.log, self.values, self.dynamics, self.config = log, values, dynamics, config
+        self.seed, self.device = seed, device
+        self._uncertainty, self._threshold = uncertainty, threshold
+        t = log.transitions
+        self.observation = torch.from_numpy(t.observation).to(device)
+        """(T, O) of the log."""
+        self.v = evaluate_in_chunks(values.v, t.observation, device=device)
+        """(T,) by step 1."""
+        self._frontier = np.argsort(-self.v, kind="stable")[: max(1, int(_FRONTIER * len(t)))]
+        low, high = step_ranges(log)[:2]
+        slack = _RANGE * (high - low)
+        self._low, self._high = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
+
+    def rows(self, starts: int) -> int:
+        """Return `starts`, rounded up to a multiple of the elites."""
+        return -(-starts // self.dynamics.elites) * self.dynamics.elites
+
+    def starts(self, rng: np.random.Generator, *, first: int, frontier: int, anywhere: int = 0) -> Tensor:
+        """States (N, O) of the log: first ones, ones of high V, and any."""
+        drawn = [rng.choice(self.log.transitions.episode_start[:-1], first), rng.choice(self._frontier, frontier),
+                 rng.choice(len(self.v), anywhere)]  # fmt: skip
+        return self.observation[np.concatenate(drawn)]
+
+    def rng(self, step: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence([self.seed, _STREAM, step]))
+
+    @torch.no_grad()
+    def walk(self, act: Callable[[Tensor], Tensor], s: Tensor, length: int, generator: torch.Generator) -> Walk:
+        """Roll out from states (N, O), N a multiple of the elites, every second row with noise on its actions."""
+        E, rows = self.dynamics.elites, len(s)
+        noise_std = self.config.noise_std * (torch.arange(rows, device=self.device) % 2)[:, None]
+        alive = torch.ones(rows, dtype=torch.bool, device=self.device)
+        observations, rewards, ended, left, lives = [s], [], [], [], []
+        for _ in range(length):
+            action = act(s)
+            noise = torch.randn(action.shape, generator=generator).to(self.device)
+            action = (action + noise_std * noise).clamp(-1.0, 1.0)
+            gaussians = self.dynamics.step_together(s, action)[3]
+            unknown = ensemble_uncertainty(*gaussians, self._uncertainty) > self._threshold
+            following, reward, end = self.dynamics.step(s.reshape(E, rows // E, -1), action.reshape(E, rows // E, -1))
+            following = following.reshape(rows, -1)
+            ends = alive & (end.reshape(rows) > 0.5)
+            leaves = alive & ~ends & (unknown | ((following < self._low) | (following > self._high)).any(1))
+            rewards.append(reward.reshape(rows))
+            ended.append(ends)
+            left.append(leaves)
+            lives.append(alive)
+            alive = alive & ~ends & ~leaves
+            s = torch.where(alive[:, None], following, s)
+            observations.append(s)
+        return Walk(observations, rewards, ended, left, lives, alive)
+
+
+class ActorTrainer:
+    """One update is a round: roll the actor out, teach V what came of it, let the actor climb the score with that V.
+
+    The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma that of
+    `config.discount`; its gradient goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer,
+    arXiv:1912.01603). V is regressed on the lambda-returns of roll-outs; what lies beyond what is known is worth no
+    more than the worst states of the log. A share of the roll-outs goes on where others of the round before ended: the
+    actor is to be good where it gets to.
+
+    From round to round the actor swings, as each finds another flaw of the model. So each round's, an average over its
+    updates, plays whole episodes inside the world model, and the best of the second half is kept, when V has had the
+    time to learn of the ends that the actor finds; the behaviour policy where none is better.
+    """
+
+    def __init__(self, rollouts: Rollouts, planner: PlannerConfig, judge: Callable[[Actor], float], reach: float):
+        """judge: an actor's return inside the world model. reach: of the actor."""
+        self._rollouts, self._planner, self._judge = rollouts, planner, judge
+        self._config, self._dynamics, self._device = rollouts.config, rollouts.dynamics, rollouts.device
+        config, log, values = rollouts.config, rollouts.log, rollouts.values
+        torch.manual_seed(rollouts.seed + 3)
+        self.actor = _behaviour_policy(rollouts, reach)
         self.best = copy.deepcopy(self.actor)
         """The actor that is kept."""
         self.behaviour_return = self.best_return = judge(self.best)
@@ -163,27 +218,22 @@ class ActorTrainer:
         """0: the behaviour policy."""
         self.actor.change_net.requires_grad_(True)
         self._average = copy.deepcopy(self.actor).requires_grad_(False)
-        self._critic = copy.deepcopy(values).to(device).requires_grad_(False)
+        self._critic = copy.deepcopy(values).to(self._device).requires_grad_(False)
         self._changed = list(self.actor.change_net.parameters())
         self._actor_optimizer = torch.optim.Adam(self._changed, lr=config.learning_rate, fused=True)
         self._critic_optimizer = torch.optim.Adam(self._critic.v_net.parameters(), lr=_VALUE_RATE, fused=True)
-        t = log.transitions
         # V of the log is of its own discount: as if each state's mean reward went on, which the first rounds mend.
         longer = (1.0 - log.discount) / (1.0 - config.discount)
         for moment in (self._critic.return_mean, self._critic.return_std):
             moment.mul_(longer)
-        v = evaluate_in_chunks(self._critic.v, t.observation, device=device)
-        self._best = np.argsort(-v, kind="stable")[: max(1, int(_FRONTIER * len(v)))]
+        v = longer * rollouts.v
         self._worst, self._scale = float(np.quantile(v, _WORST)), max(float(v.std()), 1e-6)
-        self._observation, self._v = (torch.from_numpy(x).to(device) for x in (t.observation, v))
-        low, high = step_ranges(log)[:2]
-        slack = _RANGE * (high - low)
-        self._low, self._high = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
-        self._ends = self._observation[:0]
+        self._v = torch.from_numpy(v).to(self._device)
+        self._ends = rollouts.observation[:0]
 
     def update(self, step: int) -> dict[str, Tensor]:
         observation, outcome, told = self._roll_out(step)
-        generator = block_generator(self._seed, _STREAM, 2 * step)
+        generator = block_generator(self._rollouts.seed, _STREAM, 2 * step)
         told["v_loss"] = self._teach_values(observation, outcome, generator, anchored=step == 0)
         scores = [self._climb(observation, generator) for _ in range(self._config.updates)]
         told["score"] = torch.stack(scores).mean()
@@ -197,8 +247,8 @@ class ActorTrainer:
     def _roll_out(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the states on the way (N, O), their lambda-returns (N,), and what to tell of them."""
         config, discount = self._config, self._config.discount
-        generator = block_generator(self._seed, _STREAM, 2 * step + 1)
-        walk = self._walk(self._average.act, self._starts(self._rng(step)), config.length, generator)
+        generator = block_generator(self._rollouts.seed, _STREAM, 2 * step + 1)
+        walk = self._rollouts.walk(self._average.act, self._starts(step), config.length, generator)
         self._ends = walk.observations[-1][walk.alive]
         value = [self._critic.v(o) for o in walk.observations]
         outcome, outcomes = value[-1], []
@@ -210,48 +260,15 @@ class ActorTrainer:
         told = {name: torch.stack(x).any(0).float().mean() for name, x in (("ended", walk.ended), ("left", walk.left))}
         return walk.states, torch.stack(outcomes[::-1])[torch.stack(walk.lives)], {"outcome": outcome.mean(), **told}
 
-    @torch.no_grad()
-    def _walk(
-        self, act: Callable[[Tensor], Tensor], s: Tensor, length: int, generator: torch.Generator
-    ) -> _Walk:
-        """Roll out from (N, O) states, N a multiple of the elites, as the class says."""
-        config, E, rows = self._config, self._dynamics.elites, len(s)
-        noise_std = config.noise_std * (torch.arange(rows, device=self._device) % 2)[:, None]
-        alive = torch.ones(rows, dtype=torch.bool, device=self._device)
-        observations, rewards, ended, left, lives = [s], [], [], [], []
-        for _ in range(length):
-            action = act(s)
-            noise = torch.randn(action.shape, generator=generator).to(self._device)
-            action = (action + noise_std * noise).clamp(-1.0, 1.0)
-            gaussians = self._dynamics.step_together(s, action)[3]
-            unknown = ensemble_uncertainty(*gaussians, self._uncertainty) > self._threshold
-            following, reward, end = self._dynamics.step(s.reshape(E, rows // E, -1), action.reshape(E, rows // E, -1))
-            following = following.reshape(rows, -1)
-            ends = alive & (end.reshape(rows) > 0.5)
-            leaves = alive & ~ends & (unknown | ((following < self._low) | (following > self._high)).any(1))
-            rewards.append(reward.reshape(rows))
-            ended.append(ends)
-            left.append(leaves)
-            lives.append(alive)
-            alive = alive & ~ends & ~leaves
-            s = torch.where(alive[:, None], following, s)
-            observations.append(s)
-        return _Walk(observations, rewards, ended, left, lives, alive)
-
-    def _rng(self, step: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self._seed, _STREAM, step]))
-
-    def _starts(self, rng: np.random.Generator) -> Tensor:
-        """(N, O) states, N a multiple of the elites: where the round before ended, and first ones, ones of high V, and
-        any of the log, one to two to two."""
-        first, elites = self._log.transitions.episode_start[:-1], self._dynamics.elites
-        rows = -(-self._config.starts // elites) * elites
+    def _starts(self, step: int) -> Tensor:
+        """(N, O) states: where the round before ended, and first ones, ones of high V, and any of the log, one to two
+        to two."""
+        rng, rows = self._rollouts.rng(step), self._rollouts.rows(self._config.starts)
         carried = min(len(self._ends), int(self._config.carried * rows))
         fresh = rows - carried
-        drawn = [rng.choice(first, fresh // 5), rng.choice(self._best, 2 * fresh // 5)]
-        drawn.append(rng.choice(len(self._v), fresh - sum(map(len, drawn))))
-        ends = rng.permutation(len(self._ends))[:carried]
-        return torch.cat([self._observation[np.concatenate(drawn)], self._ends[ends]])[rng.permutation(rows)]
+        first, frontier = fresh // 5, 2 * fresh // 5
+        s = self._rollouts.starts(rng, first=first, frontier=frontier, anywhere=fresh - first - frontier)
+        return torch.cat([s, self._ends[rng.permutation(len(self._ends))[:carried]]])[rng.permutation(rows)]
 
     def _teach_values(
         self, observation: Tensor, outcome: Tensor, generator: torch.Generator, *, anchored: bool
@@ -263,7 +280,8 @@ class ActorTrainer:
             loss = self._value_loss(observation, outcome, _BATCH, generator)
             losses.append(loss.detach())
             if anchored:
-                loss = loss + _LOG_WEIGHT * self._value_loss(self._observation, self._v, _LOG_BATCH, generator)
+                of_log = self._value_loss(self._rollouts.observation, self._v, _LOG_BATCH, generator)
+                loss = loss + _LOG_WEIGHT * of_log
             for group in self._critic_optimizer.param_groups:
                 group["lr"] = _VALUE_RATE * (1.0 - 0.95 * i / updates)
             self._critic_optimizer.zero_grad(set_to_none=True)
@@ -296,68 +314,6 @@ class ActorTrainer:
         torch._foreach_lerp_(averaged, [p.detach() for p in self._changed], 1.0 - self._config.ema)
         return mean.detach()
 
-    def _new_actor(self, values: ValueFunctions, reach: float) -> Actor:
-        """Return an actor that is the behaviour policy."""
-        t, net = self._log.transitions, values.behaviour_net
-        width, layers = net.out.weight.shape[1], len(net.hidden)
-        sizes: dict[str, Any] = {"width": width, "layers": layers, "reach": reach}
-        actor = Actor(t.observation_dim, t.spec.action_dim, **sizes)
-        actor.behaviour_net.load_state_dict(net.state_dict())
-        for name in ("observation_mean", "observation_std"):
-            getattr(actor, name).copy_(getattr(values, name))
-        return frozen(actor, self._device)
-
-    def taught(self) -> Actor:
-        """Return the actor that is kept, with its students.
-
-        Each student goes on from the one before and learns what the actor does in the states of roll-outs of the actor
-        and of all students before it (DAgger, arXiv:1011.0686).
-        """
-        config, best, sizes = self._config, self.best, self.best.sizes
-        if not config.students:
-            return best
-        torch.manual_seed(self._seed + 4)
-        width, layers = int(sizes["width"]), int(sizes["layers"])
-        student = EnsembleMLP(1, self._observation.shape[1], int(sizes["action_dim"]), width=width, layers=layers)
-        student.to(self._device)
-
-        def follow(observation: Tensor) -> Tensor:
-            return torch.tanh(student(best.normalise(observation)[None])[0])
-
-        act: Callable[[Tensor], Tensor] = best.act
-        tables: list[Tensor] = []
-        weights: list[dict[str, Tensor]] = []
-        for k in range(config.students):
-            generator = block_generator(self._seed, _STREAM + 1, k)
-            tables.append(self._walk(act, self._student_starts(self._rng(config.rounds + k)), _FAR * config.length,
-                                     generator).states)  # fmt: skip
-            observation = torch.cat(tables)
-            with torch.no_grad():
-                wanted = best.act(observation)
-            optimizer = torch.optim.Adam(student.parameters(), lr=_STUDENT_RATE, fused=True)
-            for i in range(config.student_updates):
-                rows = torch.randint(len(observation), (_BATCH,), generator=generator).to(self._device)
-                loss = (follow(observation[rows]) - wanted[rows]).square().mean()
-                for group in optimizer.param_groups:
-                    group["lr"] = _STUDENT_RATE * (1.0 - 0.97 * i / config.student_updates)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-            weights.append({name: x.detach().clone() for name, x in student.state_dict().items()})
-            act = follow
-        actor = Actor(**{**sizes, "students": config.students})
-        own = {name: x for name, x in best.state_dict().items() if not name.startswith("student_net.")}
-        own.update(prefixed("student_net", {n: torch.cat([w[n] for w in weights]) for n in weights[0]}))
-        actor.load_state_dict(own)
-        return frozen(actor, self._device)
-
-    def _student_starts(self, rng: np.random.Generator) -> Tensor:
-        """(N, O) states of the log, N a multiple of the elites: first ones, and ones of high V."""
-        first, elites = self._log.transitions.episode_start[:-1], self._dynamics.elites
-        rows = -(-self._config.starts // (_FAR * elites)) * elites
-        index = np.concatenate([rng.choice(first, rows // 2), rng.choice(self._best, rows - rows // 2)])
-        return self._observation[rng.permutation(index)]
-
     def state(self) -> dict[str, Tensor]:
         return {
             **prefixed("actor", self.actor.change_net.state_dict()),
@@ -382,49 +338,69 @@ class ActorTrainer:
         self._ends = tensors["ends"].to(self._device)
 
 
-class ActorSearch:
-    """An actor for each reach, one after the other; the one that does best inside the world model is kept."""
-
-    def __init__(self, make: Callable[[float], ActorTrainer], config: ActorConfig):
-        self._make, self._config, self._at = make, config, 0
-        self.trainer = make(config.reaches[0])
-        self._before: ActorTrainer | None = None
-        """The best of the reaches before."""
-
-    def update(self, step: int) -> dict[str, Tensor]:
-        at, turn = divmod(step, self._config.rounds)
-        if at != self._at:
-            self._before, self._at = self.best, at
-            self.trainer = self._make(self._config.reaches[at])
-        return self.trainer.update(turn)
-
-    @property
-    def best(self) -> ActorTrainer:
-        """The trainer of the reach that did best so far; the first of equals."""
-        before = self._before
-        return before if before is not None and before.best_return >= self.trainer.best_return else self.trainer
-
-    def state(self) -> dict[str, Tensor]:
-        both = prefixed("now", self.trainer.state())
-        if self._before is not None:
-            which = self._config.reaches.index(float(self._before.best.sizes["reach"]))
-            both |= {**prefixed("before", self._before.state()), "which": torch.tensor(which)}
-        return {**both, "at": torch.tensor(self._at)}
-
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self._at = int(tensors["at"])
-        if self._at:
-            self.trainer = self._make(self._config.reaches[self._at])
-        self.trainer.load_state(stripped("now", tensors))
-        if "which" in tensors:
-            self._before = self._make(self._config.reaches[int(tensors["which"])])
-            self._before.load_state(stripped("before", tensors))
+def _behaviour_policy(rollouts: Rollouts, reach: float) -> Actor:
+    """Return an actor that is the behaviour policy."""
+    t, values = rollouts.log.transitions, rollouts.values
+    net = values.behaviour_net
+    width, layers = net.out.weight.shape[1], len(net.hidden)
+    actor = Actor(t.observation_dim, t.spec.action_dim, width=width, layers=layers, reach=reach)
+    actor.behaviour_net.load_state_dict(net.state_dict())
+    for name in ("observation_mean", "observation_std"):
+        getattr(actor, name).copy_(getattr(values, name))
+    return frozen(actor, rollouts.device)
 
 
-def learn_actor(search: ActorSearch, config: ActorConfig, workspace: Workspace) -> Actor:
-    """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept, with its students."""
-    exhaust(train(search, config.rounds * len(config.reaches), workspace, log_every=1))
-    return search.best.taught()
+def learn_actor(trainer: ActorTrainer, rounds: int, workspace: Workspace) -> Actor:
+    """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept."""
+    exhaust(train(trainer, rounds, workspace, log_every=1))
+    return trainer.best
+
+
+def with_students(actor: Actor, rollouts: Rollouts, tell: Callable[[int, float], None]) -> Actor:
+    """Return the actor with `config.students` networks that do the same.
+
+    Each student goes on from the one before and learns what the actor does in the states of roll-outs of the actor and
+    of all students before it (DAgger, arXiv:1011.0686). tell: called with how many have learned, and with the last
+    one's mean squared error.
+    """
+    config, device, sizes = rollouts.config, rollouts.device, actor.sizes
+    if not config.students:
+        return actor
+    torch.manual_seed(rollouts.seed + 4)
+    dims = int(sizes["observation_dim"]), int(sizes["action_dim"])
+    student = EnsembleMLP(1, *dims, width=int(sizes["width"]), layers=int(sizes["layers"])).to(device)
+
+    def follow(observation: Tensor) -> Tensor:
+        return torch.tanh(student(actor.normalise(observation)[None])[0])
+
+    act: Callable[[Tensor], Tensor] = actor.act
+    tables: list[Tensor] = []
+    weights: list[dict[str, Tensor]] = []
+    rows = rollouts.rows(-(-config.starts // _FAR))
+    for k in range(config.students):
+        rng, generator = rollouts.rng(config.rounds + k), block_generator(rollouts.seed, _STREAM + 1, k)
+        s = rollouts.starts(rng, first=rows // 2, frontier=rows - rows // 2)[rng.permutation(rows)]
+        tables.append(rollouts.walk(act, s, _FAR * config.length, generator).states)
+        observation = torch.cat(tables)
+        with torch.no_grad():
+            wanted = actor.act(observation)
+        optimizer = torch.optim.Adam(student.parameters(), lr=_STUDENT_RATE, fused=True)
+        for i in range(config.student_updates):
+            drawn = torch.randint(len(observation), (_BATCH,), generator=generator).to(device)
+            loss = (follow(observation[drawn]) - wanted[drawn]).square().mean()
+            for group in optimizer.param_groups:
+                group["lr"] = _STUDENT_RATE * (1.0 - 0.97 * i / config.student_updates)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        weights.append({name: x.detach().clone() for name, x in student.state_dict().items()})
+        act = follow
+        tell(k + 1, float(loss.detach()))
+    taught = Actor(**{**sizes, "students": config.students})
+    own = {name: x for name, x in actor.state_dict().items() if not name.startswith("student_net.")}
+    own.update(prefixed("student_net", {n: torch.cat([w[n] for w in weights]) for n in weights[0]}))
+    taught.load_state_dict(own)
+    return frozen(taught, device)
 
 
 def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> Actor:

@@ -38,17 +38,15 @@ class Section:
 
 def _curve_section(view: View) -> str:
     panels = []
-    variants = [name for name in view.curves if name.partition(":")[0] == "distill"]
-    for part in ("values", "world_model", "actor", "imagine"):
+    for part in ("values", "world_model", "imagine"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}
         for name in _metrics(rows):
             series = _series(rows, name)
             (positive if min(series[1]) > 0 else signed)[name] = series
-        across = {"actor": "rounds", "imagine": "shards"}.get(part, "updates")
-        earned = {name: positive.pop(name) for name in ("imagined_return",) if name in positive}
-        for group in (earned, positive, signed):
+        across = "shards" if part == "imagine" else "updates"
+        for group in (positive, signed):
             if group:
                 what = ", ".join(group)
                 panels.append(
@@ -57,15 +55,16 @@ def _curve_section(view: View) -> str:
                         figures.curves(group, x=across, y="", alt=f"Learning curve of {part}: {what}"),
                     )
                 )
-    for name in _metrics([row for variant in variants for row in view.curves[variant]]):
-        lines = {}
-        for variant in variants:
-            series = _series(view.curves[variant], name)
-            if series[0]:
-                lines[VARIANTS.get(variant.partition(":")[2] or "policy", variant)] = series
-        panels.append(
-            panel(f"distill: {escape(name)}", figures.curves(lines, x="updates", y="", alt=f"Distillation: {name}"))
-        )
+    for step, title, across in (("reach", "actor", "rounds"), ("distill", "distill", "updates")):
+        parts = [name for name in view.curves if name.partition(":")[0] == step]
+        for name in _metrics([row for part in parts for row in view.curves[part]]):
+            lines = {}
+            for part in parts:
+                series, which = _series(view.curves[part], name), part.partition(":")[2]
+                if series[0]:
+                    lines[f"reach {which}" if step == "reach" else VARIANTS.get(which or "policy", part)] = series
+            drawn = figures.curves(lines, x=across, y="", alt=f"Learning curves of {title}: {name}")
+            panels.append(panel(f"{title}: {escape(name)}", drawn))
     said = [
         remark(f"No learning curve of {part}: {escape(view.why_missing(part))}.")
         for part in ("values", "world_model", "imagine", "distill")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace
 from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConfig, ValuesConfig
 from ipd_ray.evaluate.choose import imagined_returns
-from ipd_ray.imagine.actor import Actor, ActorSearch, ActorTrainer, learn_actor, load_actor
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
 from ipd_ray.steps import _Memoryless
 from ipd_ray.values.fit import frozen
@@ -49,26 +49,18 @@ def values_of(log: Any) -> ValueFunctions:
     return frozen(values, "cpu")
 
 
-def trainer(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> ActorTrainer:
-    values = options.pop("values", None) or values_of(log)
-    plain = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu", "reach": REACH}
-    known = {**plain, **options}
-    known.setdefault("judge", lambda actor: float(actor.change_net.out.weight.abs().sum()))  # the last round
-    return ActorTrainer(log, values, world, PLANNER, config, **known)
+def rollouts(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> Rollouts:
+    plain = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu"}
+    return Rollouts(log, options.pop("values", None) or values_of(log), world, config, **{**plain, **options})
 
 
-def search(world: Any, config: ActorConfig = SMALL, **options: Any) -> ActorSearch:
-    return ActorSearch(lambda reach: trainer(world, config=config, reach=reach, **options), config)
+def last_round(actor: Actor) -> float:
+    """A judge who likes the last round best."""
+    return float(actor.change_net.out.weight.abs().sum())
 
 
-@pytest.mark.parametrize(
-    ("worth", "kept"), [({0.1: 3.0, 0.2: 5.0, 0.4: 4.0}, 0.2), ({0.1: 3.0, 0.2: 3.0, 0.4: 2.0}, 0.1)]
-)
-def test_the_reach_that_does_best_is_kept(tmp_path: Path, worth: dict[float, float], kept: float):
-    config = SMALL.model_copy(update={"rounds": 1, "reaches": (0.1, 0.2, 0.4), "students": 0})
-    judge = lambda actor: worth[actor.sizes["reach"]] * bool(actor.change_net.out.weight.any())  # noqa: E731
-    found = learn_actor(search(Line(lambda s, s2: s2), config, judge=judge), config, Workspace(tmp_path))
-    assert found.sizes["reach"] == kept
+def trainer(world: Any, *args: Any, judge: Any = last_round, **options: Any) -> ActorTrainer:
+    return ActorTrainer(rollouts(world, *args, **options), PLANNER, judge, REACH)
 
 
 def test_it_begins_as_the_behaviour_policy():
@@ -126,10 +118,13 @@ def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: 
 
 
 def test_students_do_what_the_actor_does_and_walk_in_turn_with_it():
-    learner = trainer(Line(lambda s, s2: 1.0 - (s2 - 0.3).abs()))
+    world = Line(lambda s, s2: 1.0 - (s2 - 0.3).abs())
+    learner = trainer(world)
     for step in range(SMALL.rounds):
         learner.update(step)
-    actor = learner.taught()
+    told: list[tuple[int, float]] = []
+    actor = with_students(learner.best, rollouts(world), lambda done, error: told.append((done, error)))
+    assert [done for done, _ in told] == [1, 2]
     s = torch.linspace(-0.9, 0.9, 30)[:, None]
     wanted, walked = actor.act(s), actor.walk(s)
     assert torch.equal(walked[::3], wanted[::3])  # row 0 is the actor's, 1 and 2 are its students'
@@ -176,24 +171,23 @@ def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
     assert gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain))
 
 
-@pytest.mark.parametrize("done", [1, 3, 5])
-def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path, done: int):
+def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path):
     world = Line(lambda s, s2: s2)
-    config = SMALL.model_copy(update={"rounds": 2, "reaches": (0.4, 0.1, 0.2)})
-    whole = learn_actor(search(world, config), config, Workspace(tmp_path / "whole"))
-    cut = search(world, config)
-    for step in range(done):
+    config = SMALL.model_copy(update={"rounds": 3})
+    whole = learn_actor(trainer(world, config=config), 3, Workspace(tmp_path / "whole"))
+    cut = trainer(world, config=config)
+    for step in range(2):
         cut.update(step)
-    Workspace(tmp_path / "cut").checkpoint(done, cut.state())
-    resumed = learn_actor(search(world, config), config, Workspace(tmp_path / "cut"))
-    assert whole.sizes == resumed.sizes
+    Workspace(tmp_path / "cut").checkpoint(2, cut.state())
+    resumed = learn_actor(trainer(world, config=config), 3, Workspace(tmp_path / "cut"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 def test_what_it_leaves_is_read_back_and_imagines(tmp_path: Path):
     world = Line(lambda s, s2: s2)
-    actor = learn_actor(search(world), SMALL, Workspace(tmp_path))
+    learned = learn_actor(trainer(world), SMALL.rounds, Workspace(tmp_path))
+    actor = with_students(learned, rollouts(world), lambda done, error: None)
     again = load_actor(actor.state_dict(), {"actor": actor.sizes}, "cpu")
     spec = ShardSpec(0, np.array([3, 50]), np.zeros(2, bool))
     segments = imagine_shard(
