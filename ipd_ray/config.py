@@ -614,7 +614,10 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, merged) for e in error.errors())) from None
+        errors = error.errors()
+        inside = {e["loc"][:depth] for e in errors for depth in range(len(e["loc"]))}
+        # A list is called too short where what it holds is wrong: only the latter is said.
+        raise UserError("\n".join(_explain(e, merged) for e in errors if e["loc"] not in inside)) from None
 
 
 def load(preset_name: str | None = None, path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

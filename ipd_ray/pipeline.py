@@ -115,7 +115,7 @@ class Parts:
             for reach in c.actor.reaches:
                 sections = {**alone, "reach": reach}
                 self.reaches[reach] = Part(
-                    f"reach:{reach:g}", "reach", actor_fit.VERSION, c.seed, sections, learned
+                    f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned
                 )
             upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
             self.actor = Part("actor", "actor", actor_fit.VERSION, c.seed, {**about, "actor": c.actor}, upstream)

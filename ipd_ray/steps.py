@@ -220,7 +220,7 @@ def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequen
         lambda done, error: workspace.log(done, total, {"student_mse": error}),
     )  # fmt: skip
     workspace.finish(actor.state_dict(), {
-        **best.diagnostics, "reaches": {f"{a.diagnostics['reach']:g}": a.diagnostics["return_mean"] for a in found},
+        **best.diagnostics, "reaches": {str(a.diagnostics["reach"]): a.diagnostics["return_mean"] for a in found},
     }, actor=actor.sizes)
 
 

@@ -61,7 +61,7 @@ def keys_of(config: RunConfig, content: str = "log") -> dict[str, str]:
     return {part.name: part.key for part in Parts(config, content).until("evaluate")}
 
 
-REACHES = {f"reach:{reach:g}" for reach in ActorConfig().reaches}
+REACHES = {f"reach:{reach}" for reach in ActorConfig().reaches}
 POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
 
 

@@ -71,6 +71,7 @@ def test_every_wrong_value_is_told_at_once():
             ["runtime.engine=ray", "runtime.workers=20", "distill.batch_size=16"],
             r"runtime\.workers=20 must be at most distill\.batch_size=16",
         ),
+        (["actor.reaches=[3]"], r"^actor\.reaches\.0=3 is not valid: input should be less than or equal to 2\.[^\n]*$"),
         (["runtime.engine=ray", "runtime.workers=65"], r"runtime\.workers=65 is not valid: .*less than or equal to 64"),
         (
             ["runtime.engine=ray", "runtime.workers=2", "runtime.min_workers=3"],

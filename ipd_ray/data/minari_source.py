@@ -302,10 +302,9 @@ def _assemble(spec: Spec, leaves: list[Path_], columns: Columns) -> tuple[Transi
     start = np.concatenate([[0], np.cumsum(steps)])
     total, last = int(start[-1]), start[1:] - 1
 
-    parts = [_floats(columns[("observations", *leaf)]) for leaf in leaves]
-    observations = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)  # (T + E, O)
-    final = start[1:] + np.arange(len(steps))  # rows of last observations
-    first = np.concatenate([[0], final[:-1] + 1])
+    def observations(rows: slice) -> Floats:
+        parts = [_floats([a[rows] for a in columns[("observations", *leaf)]]) for leaf in leaves]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     terminations = np.concatenate(columns[("terminations",)]).reshape(-1).astype(bool)
     truncations = np.concatenate(columns[("truncations",)]).reshape(-1).astype(bool)
@@ -325,10 +324,10 @@ def _assemble(spec: Spec, leaves: list[Path_], columns: Columns) -> tuple[Transi
     if outside := int(((raw < low - slack) | (raw > high + slack)).any(1).sum()):
         notes.append(f"dataset {name}: {outside} of {total} actions lie outside the action bounds; they are clipped.")
     transitions = Transitions(
-        observation=np.delete(observations, final, axis=0),
+        observation=observations(slice(None, -1)),
         action=spec.rescale_action(raw.reshape(total, *spec.action_shape)),
         reward=_floats(columns[("rewards",)]).reshape(total),
-        next_observation=np.delete(observations, first, axis=0),
+        next_observation=observations(slice(1, None)),
         terminal=terminal,
         episode_start=start,
         spec=spec,
@@ -340,7 +339,7 @@ def _floats(per_episode: list[NDArray[Any]]) -> Floats:
     """Join (n, *shape) arrays as float32 (sum of n, prod of shape)."""
     joined = np.concatenate(per_episode)
     with np.errstate(over="ignore"):  # check() counts infinite values
-        return joined.reshape(len(joined), -1).astype(np.float32)
+        return joined.reshape(len(joined), -1).astype(np.float32, copy=False)
 
 
 # ---- storage formats
@@ -365,17 +364,22 @@ def _read(data: Path, metadata: Mapping[str, Any], observations: list[Path_]) ->
 
 
 def _read_hdf5(data: Path, episodes: int, wanted: list[Path_]) -> Columns:
-    """Read through h5py's low level: opening tens of thousands of small datasets is what takes the time."""
+    """Read through h5py's low level: opening tens of thousands of small datasets is what takes the time, and next to it
+    to find a NumPy dtype for each, which is done once for those that are alike."""
     columns: Columns = {path: [] for path in wanted}
     names = {path: "/".join(path).encode() for path in wanted}
+    stored: dict[Path_, tuple[h5py.h5t.TypeID, np.dtype[Any]]] = {}
     with h5py.File(data / "main_data.hdf5", "r") as file:
         for episode in range(episodes):
             group = h5py.h5g.open(file.id, b"episode_%d" % episode)
             for path, name in names.items():
                 dataset = h5py.h5d.open(group, name)
-                array = np.empty(dataset.shape, dataset.dtype)
+                kind = dataset.get_type()
+                if path not in stored or not kind.equal(stored[path][0]):
+                    stored[path] = kind, dataset.dtype
+                array = np.empty(dataset.shape, stored[path][1])
                 if array.size:
-                    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, array)
+                    dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, array, stored[path][0])
                 columns[path].append(array)
     return columns
 

@@ -71,8 +71,11 @@ class Spec:
         lead = array.shape[: array.ndim - len(self.action_shape)]
         flat = array.reshape(*lead, self.action_dim)
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
-        scaled = 2.0 * (flat - low) / (high - low) - 1.0
-        return np.asarray(np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT), np.float32)
+        scaled = np.asarray(flat - low)  # an array of its own: the rest of 2 (a - low) / (high - low) - 1 is in place
+        scaled *= 2.0
+        scaled /= high - low
+        scaled -= 1.0
+        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT, out=scaled).astype(np.float32)
 
     def unscale_action(self, action: Floats) -> NDArray[Any]:
         """Map actions (..., A) in [-1, 1] to the environment's units, shape, dtype and bounds."""
