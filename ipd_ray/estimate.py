@@ -116,19 +116,25 @@ def work_seconds(
 
 def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[str, float]:
     """Return the whole run's seconds, peak memory and disk, with `processes` workers."""
-    together: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        together.setdefault(_SIDE_BY_SIDE.get(row["step"].partition(":")[0], row["step"]), []).append(row)
-    time_, peak = 0.0, 0.0
-    for name, group in together.items():
-        seconds = [row["seconds"] for row in group]
-        time_ += max([*seconds, sum(seconds) / processes])
-        memory = sorted((row["memory"] for row in group), reverse=True)[:processes]
-        peak = max(peak, memory[0] * processes if name == "imagine" else sum(memory))
+    seconds, peak = _together(rows, processes)
     sizes = Sizes.of(context)
     driver = PROCESS_BYTES + _log_bytes(sizes)
     disk = sum(row["disk"] for row in rows) + _data_left(context, sizes)
-    return {"seconds": time_, "memory": driver + peak, "disk": disk}
+    return {"seconds": seconds, "memory": driver + peak, "disk": disk}
+
+
+def _together(rows: list[dict[str, Any]], processes: int) -> tuple[float, float]:
+    """Seconds of all rows, and peak bytes of the workers."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(_SIDE_BY_SIDE.get(row["step"].partition(":")[0], row["step"]), []).append(row)
+    took, peak = 0.0, 0.0
+    for name, group in groups.items():
+        seconds = [row["seconds"] for row in group]
+        took += max([*seconds, sum(seconds) / processes])
+        memory = sorted((row["memory"] for row in group), reverse=True)[:processes]
+        peak = max(peak, memory[0] * processes if name == "imagine" else sum(memory))
+    return took, peak
 
 
 def estimate_disk(context: Context, until: str) -> int:

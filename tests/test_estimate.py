@@ -10,7 +10,7 @@ from method_fixtures import counting_log, segments_of
 
 from ipd_ray.config import RunConfig, build
 from ipd_ray.distill.windows import Prompts, Windows, flatten
-from ipd_ray.estimate import Sizes, _corpus_bytes, _memory
+from ipd_ray.estimate import Sizes, _corpus_bytes, _memory, _together
 
 
 def config(**changes: object) -> RunConfig:
@@ -40,3 +40,18 @@ def test_a_distillation_worker_needs_less_the_more_there_are():
     # However many, one process at the beginning needs the whole log.
     long = replace(sizes, steps=100_000_000)
     assert _memory("distill", config(**fields, **{"runtime.workers": 64}), long) > 4 * 1e8 * (17 + 6)
+
+
+@pytest.mark.parametrize(
+    ("processes", "seconds", "memory"),
+    [
+        (1, 10 + 6 + 3 * 4 + 2 + 9 + 8, 70),
+        (2, 10 + 3 * 4 / 2 + 2 + 9 + 8, 120),  # two of the three reaches
+        (4, 10 + 4 + 2 + 9 + 8, 160),  # imagination has a process each
+    ],
+)
+def test_what_is_made_side_by_side_takes_as_long_as_the_longest(processes: int, seconds: float, memory: float):
+    steps = {"values": (10, 10), "world_model": (6, 20), "reach:0.1": (4, 30), "reach:0.2": (4, 50), "reach:0.3": (4, 70),
+             "actor": (2, 5), "imagine": (9, 40), "distill": (8, 60)}  # fmt: skip
+    rows = [{"step": step, "seconds": s, "memory": m} for step, (s, m) in steps.items()]
+    assert _together(rows, processes) == (seconds, memory)
