@@ -51,7 +51,7 @@ def test_a_distillation_worker_needs_less_the_more_there_are():
     ],
 )
 def test_what_is_made_side_by_side_takes_as_long_as_the_longest(processes: int, seconds: float, memory: float):
-    steps = {"values": (10, 10), "world_model": (6, 20), "reach:0.1": (4, 30), "reach:0.2": (4, 50), "reach:0.3": (4, 70),
-             "actor": (2, 5), "imagine": (9, 40), "distill": (8, 60)}  # fmt: skip
+    steps = {"values": (10, 10), "world_model": (6, 20), "reach:0.1": (4, 30), "reach:0.2": (4, 50),
+             "reach:0.3": (4, 70), "actor": (2, 5), "imagine": (9, 40), "distill": (8, 60)}  # fmt: skip
     rows = [{"step": step, "seconds": s, "memory": m} for step, (s, m) in steps.items()]
     assert _together(rows, processes) == (seconds, memory)
