@@ -118,7 +118,7 @@ class Parts:
                     f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned
                 )
             upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
-            self.actor = Part("actor", "actor", actor_fit.VERSION, c.seed, {**about, "actor": c.actor}, upstream)
+            self.actor = Part("actor", "actor", actor_fit.TAUGHT_VERSION, c.seed, {**about, "actor": c.actor}, upstream)
             learned = {**learned, "actor": self.actor.key}
         sections = {"select": c.select, "planner": c.planner, "imagine": c.imagine}
         self.imagine = Part("imagine", "imagine", IMAGINE_VERSION, c.seed, sections, learned)

@@ -202,18 +202,30 @@ def run_reach(work: str, place: Place, imagination: Imagination, planner: Planne
     }, actor=actor.sizes)
 
 
+_SHARE = 0.95
+"""Of the best gain over the behaviour policy inside the world model: such reaches count as equally good."""
+
+
+def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the reach to take: the largest of those that gain nearly as much as the best inside the world model.
+
+    What has more room to act can correct more where the world is not as the model says; where a log does not support
+    a large reach, it gains less by far (docs/notes.md). found: diagnostics that `run_reach` left.
+    """
+    gain = [d["return_mean"] - d["behaviour_return"] for d in found]
+    good = [i for i, g in enumerate(gain) if g >= _SHARE * max(gain)]
+    return max(good, key=lambda i: found[i]["reach"])
+
+
 def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequence[str]) -> None:
     """Step 3, where planner.kind=actor: the actor of the best reach, and its students.
 
-    Of the reaches that did best inside the world model, within a standard error, the largest is taken: what has more
-    room to act can correct more where the world is not as the model says (docs/notes.md). reaches: folders that
-    `run_reach` left.
+    reaches: folders that `run_reach` left.
     """
     workspace = place.workspace(work)
     workspace.rewind({})
-    found = sorted(map(Artifact, reaches), key=lambda artifact: -artifact.diagnostics["reach"])
-    means, sems = ([a.diagnostics[name] for a in found] for name in ("return_mean", "return_sem"))
-    best = found[first_of_the_best(means, sems, 1.0)]
+    found = [Artifact(folder) for folder in reaches]
+    best = found[best_reach([artifact.diagnostics for artifact in found])]
     total = imagination.config.students
     actor = with_students(
         load_actor(best.tensors(), best.described, place.device), imagination.rollouts(place.device),

@@ -29,6 +29,9 @@ from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
 VERSION = 2
+"""Of an actor of one reach."""
+TAUGHT_VERSION = 3
+"""Of the one that is taken, with its students."""
 _STREAM = 33
 _BATCH = 512
 """Imagined states an update of V."""

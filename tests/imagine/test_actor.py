@@ -16,7 +16,7 @@ from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConf
 from ipd_ray.evaluate.choose import imagined_returns
 from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
-from ipd_ray.steps import _Memoryless
+from ipd_ray.steps import _Memoryless, best_reach
 from ipd_ray.values.fit import frozen
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.uncertainty import KINDS
@@ -115,6 +115,20 @@ def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: 
         seen.append(learner._average.act(s))
     assert learner.best_round == kept
     assert torch.equal(learner.best.act(s), seen[kept])
+
+
+@pytest.mark.parametrize(
+    ("returns", "kept"),
+    [
+        ({0.1: 30.0, 0.2: 29.6, 0.4: 28.0}, 0.2),  # of a gain of 20, 19.6 is as much, 18 is not
+        ({0.1: 30.0, 0.2: 22.0, 0.4: 10.0}, 0.1),
+        ({0.4: 30.0, 0.2: 30.0}, 0.4),
+        ({0.1: 10.0, 0.2: 10.0}, 0.2),  # nothing is gained: all are the behaviour policy
+    ],
+)
+def test_the_largest_reach_that_gains_nearly_the_most_is_kept(returns: dict[float, float], kept: float):
+    found = [{"reach": r, "return_mean": value, "behaviour_return": 10.0} for r, value in returns.items()]
+    assert found[best_reach(found)]["reach"] == kept
 
 
 def test_students_do_what_the_actor_does_and_walk_in_turn_with_it():
