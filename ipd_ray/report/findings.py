@@ -193,7 +193,8 @@ def _imagination(view: View) -> list[Finding]:
             )
         )
     flagged, control = number(d, "accept_rate_flagged"), number(d, "accept_rate_control")
-    if rate and flagged is not None and control and flagged < control:
+    beats = view.settings.get("accept.margin") is not None  # else accepted is what is known, not what is repaired
+    if beats and rate and flagged is not None and control and flagged < control:
         out.append(
             Finding(
                 False,
@@ -229,11 +230,17 @@ def _actor(view: View) -> list[Finding]:
             f"Inside the world model no round of the actor earned more than the behaviour policy ({readable(before)}), "
             "whose steps are imagined instead: lower actor.reaches, or improve the world model.",
         )]  # fmt: skip
-    return [Finding(
-        False, "curves",
-        f"Inside the world model the actor earns {readable(after)}, the behaviour policy that it changes "
-        f"{readable(before)}.",
-    )]  # fmt: skip
+    worth = {float(reach): value for reach, value in (d.get("reaches") or {}).items()}
+    reach = number(d, "reach") or 0.0
+    said = (
+        f"Inside the world model the actor of reach {reach:g} earns {readable(after)}, the behaviour policy that it "
+        f"changes {readable(before)}"
+    )
+    if others := ", ".join(f"{readable(value)} with {r:g}" for r, value in sorted(worth.items()) if r != reach):
+        end = "smallest" if reach == min(worth) else "largest" if reach == max(worth) else ""
+        said += f"; {others}"
+        said += f". It is the {end} one: actor.reaches may go on there" if end else ""
+    return [Finding(False, "curves", f"{said}.")]
 
 
 def _distillation(view: View) -> list[Finding]:

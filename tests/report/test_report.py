@@ -235,7 +235,12 @@ def test_a_failed_diagnostic_is_read_first(tmp_path, changes, said):
 @pytest.mark.parametrize(
     ("diagnostics", "warning", "said"),
     [
-        ({"round": 9, "behaviour_return": 5.0, "return_mean": 8.0}, False, "earns 8, the behaviour policy that it"),
+        ({"round": 9, "reach": 0.1, "behaviour_return": 5.0, "return_mean": 8.0}, False,
+         "of reach 0.1 earns 8, the behaviour policy that it changes 5."),
+        ({"round": 9, "reach": 0.1, "behaviour_return": 5.0, "return_mean": 8.0, "reaches": {"0.2": 6.0, "0.1": 8.0}},
+         False, "changes 5; 6 with 0.2. It is the smallest one: actor.reaches may go on there."),
+        ({"round": 9, "reach": 0.2, "behaviour_return": 5.0, "return_mean": 8.0,
+          "reaches": {"0.1": 7.0, "0.4": 6.0, "0.2": 8.0}}, False, "changes 5; 7 with 0.1, 6 with 0.4."),
         ({"round": 0, "behaviour_return": 5.0, "return_mean": 5.0}, True, "no round of the actor earned more"),
     ],
 )
