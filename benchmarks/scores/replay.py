@@ -6,7 +6,9 @@ RUN_FOLDER is a folder of `ipd-ray run` (or `ipd-ray imagine`) whose imagination
 steps: I is imagined, sum_{k<l} gamma^k r_k + gamma^l V(s_l); `real` is the same sum where the simulator answers to the
 same actions; `own` (B) is along the log; `behaviour` is the run's behaviour policy, acting in the simulator for as many
 steps: what is to be had without a plan. V is the run's own in all four, so `follow` lets the behaviour policy act on
-from where plan and log end: then hardly anything of V is left in the sums.
+from where plan and log end: then hardly anything of V is left in the sums. Where an actor planned (planner.kind=actor)
+it acts there too, from the same starts: its segments are the same actions without its eyes, and where the dynamics
+are unstable, as a hopper's, the same actions lead elsewhere after some dozen steps.
 
 Shapes: R replayed segments, L imagined steps, K steps, O observation, A action.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -36,13 +38,17 @@ from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import environment_maker
 from ipd_ray.files import write_atomic
 from ipd_ray.imagine.accept import value_of
+from ipd_ray.imagine.actor import Actor
 from ipd_ray.imagine.rollout import own_steps
 from ipd_ray.runs import RunFolder, open_run
-from ipd_ray.steps import DistillJob, values_of
+from ipd_ray.steps import DistillJob, actor_of, values_of
 from ipd_ray.training import set_threads
 from ipd_ray.values.fit import evaluate_in_chunks
+from ipd_ray.values.networks import ValueFunctions
 
 _STREAM = 91
+DEPTHS = (1, 2, 3, 5, 10, 15, 20, 30, 50, 100, 150, 200, 500, 1000)
+"""Imagined steps at which errors are printed."""
 POINTS = 500
 """Segments at most that a result keeps for the plot."""
 Act = Callable[[int, int, Floats], Floats]
@@ -478,13 +484,16 @@ def replay(run: RunFolder, segments: int, *, follow: int = 200, followed: int = 
     `depth`, `follow`, and points for `plot`. Raises UserError where the run has no imagination yet, or its environment
     cannot be put into a state.
     """
-    job, environment = job_of(run), build(run.config).evaluate.environment
-    sim = simulator(job.log.load().transitions.spec, environment)
+    job, config = job_of(run), build(run.config)
+    actor = actor_of(str(run.artifact("actor")), "cpu") if config.planner.kind == "actor" else None
+    sim = simulator(job.log.load().transitions.spec, config.evaluate.environment)
     with closing(sim.env):
-        return dict(_tidy(_replay(job, sim, segments, follow, followed)))
+        return dict(_tidy(_replay(job, sim, segments, follow, followed, actor)))
 
 
-def _replay(job: DistillJob, sim: Simulator, segments: int, follow: int, followed: int) -> dict[str, Any]:
+def _replay(
+    job: DistillJob, sim: Simulator, segments: int, follow: int, followed: int, actor: Actor | None
+) -> dict[str, Any]:
     log = job.log.load()
     everything, verdict, summary = job.imagined(log)
     accepted, cut = verdict.accepted, verdict.length
@@ -499,9 +508,14 @@ def _replay(job: DistillJob, sim: Simulator, segments: int, follow: int, followe
     some, length, ok = take(everything, drawn.rows), cut[drawn.rows], accepted[drawn.rows]
     starts = Starts.at(log, some.index, origin)
 
-    @torch.no_grad()
-    def act(row: int, k: int, observation: Floats) -> Floats:
-        return values.act(torch.from_numpy(observation)).numpy()
+    def acting(policy: Actor | ValueFunctions) -> Act:
+        @torch.no_grad()
+        def act(row: int, k: int, observation: Floats) -> Floats:
+            return policy.act(torch.from_numpy(observation)).numpy()
+
+        return act
+
+    act = acting(values)
 
     def v(observation: Floats) -> Floats:
         with torch.no_grad():
@@ -542,15 +556,16 @@ def _replay(job: DistillJob, sim: Simulator, segments: int, follow: int, followe
         rows = np.sort(rng.choice(rows, min(followed, len(rows)), replace=False))
         plans = take(some, rows)
         starts = Starts.at(log, plans.index, origin)
-        result["follow"] = _follow(log, sim, plans, length[rows], starts, act, v, follow, value_std)
+        who = {"behaviour": act, **({"actor": acting(actor)} if actor else {})}
+        result["follow"] = _follow(log, sim, plans, length[rows], starts, who, v, follow, value_std)
     return result
 
 
 def _follow(
-    log: Log, sim: Simulator, segments: Segments, length: Ints, starts: Starts, act: Act,
+    log: Log, sim: Simulator, segments: Segments, length: Ints, starts: Starts, who: Mapping[str, Act],
     v: Callable[[Floats], Floats], steps: int, value_std: float,
 ) -> dict[str, Any]:
-    """Plan, log or behaviour policy for l steps, then the behaviour policy for all: does V at the end hold good?
+    """Plan or log for l steps and then the behaviour policy, or one of `who` all along: does V at the end hold good?
 
     worth: discounted real rewards over L + steps steps, plus V there. promised: V of where the l steps end (of s_0 for
     the behaviour policy), kept: what the behaviour policy then got there, discounted to that step. gain_by_value: the
@@ -560,18 +575,19 @@ def _follow(
         return {"segments": 0}
     horizon = segments.length + steps
     own_length = np.minimum(length, segments.own_length)
-    first: dict[str, tuple[Ints, Act]] = {
-        "plan": (length, lambda row, k, s: segments.action[row, k]),
-        "own": (own_length, logged(log, segments)),
-        "behaviour": (np.zeros_like(length), act),
+    act, never = who["behaviour"], np.zeros_like(length)
+    cases: dict[str, tuple[Ints, Act]] = {
+        "plan": (length, switch(length, lambda row, k, s: segments.action[row, k], act)),
+        "own": (own_length, switch(own_length, logged(log, segments), act)),
+        **{name: (never, acts) for name, acts in who.items()},
     }
     rows = np.arange(len(segments))
     worth: dict[str, NDArray[np.float64]] = {}
     by_value: dict[str, NDArray[np.float64]] = {}
     out: dict[str, Any] = {"segments": len(segments), "steps": horizon}
     out |= {"promised": {}, "kept": {}, "survived": {}, "reward_sum": {}}
-    for name, (until, action) in first.items():
-        rolled = sim.roll(starts, switch(until, action, act), horizon)
+    for name, (until, acts) in cases.items():
+        rolled = sim.roll(starts, acts, horizon)
         reward = rolled.reward * log.reward_scale
         ended = rolled.terminal.any(1)
         tail = np.where(ended, 0.0, v(rolled.observation[:, -1]))
@@ -585,7 +601,7 @@ def _follow(
         out["kept"][name] = kept[reached].mean() / value_std if reached.any() else None
         out["survived"][name] = (~ended).mean()
         out["reward_sum"][name] = rolled.reward.sum(1).mean()
-    gain = {name: (worth[name] - worth["own"]) / value_std for name in ("plan", "behaviour")}
+    gain = {name: (worth[name] - worth["own"]) / value_std for name in ("plan", *who)}
     over = gain["plan"] - gain["behaviour"]
     judged = (by_value["plan"] - by_value["own"]) / value_std
     return out | {
@@ -595,8 +611,7 @@ def _follow(
         "gain_correlation": spearman(judged, gain["plan"]),
         "plan_over_behaviour": over.mean(),
         "plan_over_behaviour_error": clustered_error(over, segments.episode),
-        "plan_beats_own": (gain["plan"] > 0).mean(),
-        "behaviour_beats_own": (gain["behaviour"] > 0).mean(),
+        **{f"{name}_beats_own": (values > 0).mean() for name, values in gain.items()},
     }
 
 
@@ -676,11 +691,14 @@ def describe(result: dict[str, Any]) -> str:
             f"{lie['reward']:7.3f} +{lie['end_value']:7.3f}   ends: both {ends['both']:.1%}, real only "
             f"{ends['real_only']:.1%}, imagined only {ends['imagined_only']:.1%}"
         )
+    shown = {name: [step for step in steps if step["depth"] in DEPTHS] for name, steps in result["depth"].items()}
+    row = " ".join(f"{step['depth']:6d}" for step in shown["all"])
+    lines.append(f"by depth {'':22s}{row}")
     for name in ("accepted", "all"):
         for what in ("state", "state_90%", "still", "reward", "reward_bias"):
-            row = " ".join(f"{step[what]:6.3f}" for step in result["depth"][name])
+            row = " ".join(f"{step[what]:6.3f}" for step in shown[name])
             lines.append(f"by depth, {name:9s}{what:12s}{row}")
-    row = " ".join(f"{step['state']:6.3f}" for step in result["depth"]["floor"])
+    row = " ".join(f"{step['state']:6.3f}" for step in shown["floor"])
     lines.append(f"by depth, {'log again':9s}{'state':12s}{row}")
     f = result.get("follow", {})
     if f.get("segments"):
@@ -695,6 +713,13 @@ def describe(result: dict[str, Any]) -> str:
             "  V promised where the steps end / what was then got: "
             + ", ".join(f"{n} {_number(f['promised'][n], '.3f')} / {_number(f['kept'][n], '.3f')}" for n in f["kept"]),
         ]
+        if "actor" in gain:
+            sums = ", ".join(f"{n} {value:.1f}" for n, value in f["reward_sum"].items())
+            lines.append(
+                f"  the actor acting all along: gain over the log's steps {gain['actor']:+.3f} +- "
+                f"{_number(error['actor'], '.3f')}, better than the log from {f['actor_beats_own']:.1%} of the starts; "
+                f"raw reward of {f['steps']} steps: {sums}"
+            )
     return "\n".join(lines)
 
 

@@ -213,18 +213,30 @@ def test_each_group_is_drawn_from_its_own_members_and_none_that_cannot_be_reache
     assert (drawn.rows == replay.draw(accepted, control, ~reachable, 10, seed=3).rows).all()
 
 
-def test_a_run_is_replayed_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+ACTOR = ("planner.kind=actor", "actor.reaches=[0.2]", "actor.rounds=1", "actor.starts=20", "actor.length=5",
+         "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")  # fmt: skip
+
+
+@pytest.mark.parametrize("who", [(), ACTOR], ids=["plans", "an actor"])
+def test_a_run_is_replayed_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: tuple[str, ...]
+) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "data"))
     write_log(tmp_path / "data")
     folder = tmp_path / "runs" / "one"
-    run(LOG, load("demo", None, [*SETTINGS, "runtime.actors=1", "runtime.threads=1"]), run_dir=folder, until="imagine")
+    words = [*SETTINGS, *who, "runtime.actors=1", "runtime.threads=1"]
+    run(LOG, load("demo", None, words), run_dir=folder, until="imagine")
     result = replay.replay(RunFolder(folder), 10, follow=5, followed=4)
     # the log's rewards are 17 higher than the simulator's: the check must say so, and that the states are right
     assert not result["self_check"]["trusted"] and result["self_check"]["state_error"]["99%"] < 1e-3
     assert result["self_check"]["reward_error"]["median"] == pytest.approx(17.0, rel=1e-3)
     assert result["groups"]["all"]["segments"] <= 10 and result["depth"]["floor"][-1]["state"] < 1e-3
     assert sum(map(len, result["points"].values())) <= replay.POINTS
-    assert "FAILED" in replay.describe(json.loads(json.dumps(result, allow_nan=False)))
+    said = replay.describe(json.loads(json.dumps(result, allow_nan=False)))
+    assert "FAILED" in said
+    acted = {"behaviour", "actor"} if who else {"behaviour"}
+    if result["follow"]["segments"]:
+        assert set(result["follow"]["gain"]) == {"plan", *acted} and ("the actor acting" in said) == bool(who)
     replay.plot(result, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
