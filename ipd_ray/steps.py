@@ -202,7 +202,7 @@ def run_reach(work: str, place: Place, imagination: Imagination, planner: Planne
     }, actor=actor.sizes)
 
 
-_SHARE = 0.95
+_SHARE = 0.85
 """Of the best gain over the behaviour policy inside the world model: such reaches count as equally good."""
 
 

@@ -30,7 +30,7 @@ from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
 VERSION = 2
 """Of an actor of one reach."""
-TAUGHT_VERSION = 3
+TAUGHT_VERSION = 4
 """Of the one that is taken, with its students."""
 _STREAM = 33
 _BATCH = 512
