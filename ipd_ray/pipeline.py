@@ -49,7 +49,7 @@ from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
 IMAGINE_VERSION = 4
-_OF_ALL_REACHES = ("reaches", "students", "student_updates")
+_OF_ALL_REACHES = {"reaches", "students", "student_updates"}
 """Settings of the actor that an actor of one reach does not depend on."""
 STEPS = ("values", "world_model", "reach", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
@@ -111,12 +111,10 @@ class Parts:
         """None where plans are found anew for each state."""
         if c.planner.kind == "actor":
             about: dict[str, Any] = {"planner": c.planner, "uncertainty": c.imagine.uncertainty}
-            alone = {**about, "actor": c.actor.model_dump(mode="json", exclude=set(_OF_ALL_REACHES))}
+            alone = {**about, "actor": c.actor.model_dump(mode="json", exclude=_OF_ALL_REACHES)}
             for reach in c.actor.reaches:
                 sections = {**alone, "reach": reach}
-                self.reaches[reach] = Part(
-                    f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned
-                )
+                self.reaches[reach] = Part(f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned)
             upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
             self.actor = Part("actor", "actor", actor_fit.TAUGHT_VERSION, c.seed, {**about, "actor": c.actor}, upstream)
             learned = {**learned, "actor": self.actor.key}

@@ -45,7 +45,7 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import first_of_the_best, imagined_returns
+from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
@@ -537,7 +537,7 @@ def run_choose(
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
     means, errors = ([row[name] for row in found] for name in ("return_mean", "return_sem"))
-    variant, artifact, step, tensors = policies[first_of_the_best(means, errors, config.tolerance)]
+    variant, artifact, step, tensors = policies[simplest_of_the_best(means, errors, config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

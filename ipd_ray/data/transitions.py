@@ -71,7 +71,7 @@ class Spec:
         lead = array.shape[: array.ndim - len(self.action_shape)]
         flat = array.reshape(*lead, self.action_dim)
         low, high = np.asarray(self.action_low), np.asarray(self.action_high)
-        scaled = np.asarray(flat - low)  # an array of its own: the rest of 2 (a - low) / (high - low) - 1 is in place
+        scaled = flat - low  # an array of its own: the rest of 2 (a - low) / (high - low) - 1 is in place
         scaled *= 2.0
         scaled /= high - low
         scaled -= 1.0

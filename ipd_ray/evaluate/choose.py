@@ -34,8 +34,8 @@ def first_observations(log: Log, episodes: int) -> Floats:
     return log.transitions.observation[first[np.arange(episodes) * len(first) // episodes]]
 
 
-def first_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance: float) -> int:
-    """Index of the first candidate, the preferred one first, within `tolerance` standard errors of the best.
+def simplest_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance: float) -> int:
+    """Index of the first candidate, simplest first, within `tolerance` standard errors of the best.
 
     Breiman's one-standard-error rule: differences that the roll-outs cannot tell decide nothing.
     """

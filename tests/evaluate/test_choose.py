@@ -12,7 +12,7 @@ from method_fixtures import Line, log_of
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.evaluate.choose import first_observations, first_of_the_best, imagined_returns
+from ipd_ray.evaluate.choose import first_observations, imagined_returns, simplest_of_the_best
 
 
 class Always:
@@ -117,9 +117,9 @@ def test_noise_is_the_same_for_every_policy_and_finds_the_fragile_one():
 
 def test_what_cannot_be_told_apart_goes_to_the_simplest():
     means, errors = [90.0, 97.0, 96.0, 100.0], [1.0, 1.0, 1.0, 2.0]
-    assert first_of_the_best(means, errors, 2.0) == 1
-    assert first_of_the_best(means, errors, 0.0) == 3
-    assert first_of_the_best(means, errors, 5.0) == 0
+    assert simplest_of_the_best(means, errors, 2.0) == 1
+    assert simplest_of_the_best(means, errors, 0.0) == 3
+    assert simplest_of_the_best(means, errors, 5.0) == 0
 
 
 def test_episodes_are_rounded_up_to_the_elites():
@@ -147,7 +147,7 @@ def test_what_a_run_keeps_is_the_candidate_that_did_best(tmp_path: Path, monkeyp
     assert [c["variant"] for c in found] == ["no_imagination"] * 4 + ["ipd"] * 4
     assert [c["step"] for c in found] == [40, 30, 20, 10] * 2
     means, errors = ([c[name] for c in found] for name in ("return_mean", "return_sem"))
-    best = found[first_of_the_best(means, errors, 2.0)]
+    best = found[simplest_of_the_best(means, errors, 2.0)]
     assert (choose.diagnostics["variant"], choose.diagnostics["step"]) == (best["variant"], best["step"])
     part = "distill" if best["variant"] == "ipd" else "distill:no_imagination"
     source = Artifact(opened.artifact(part))
