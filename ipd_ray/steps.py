@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ class Imagination:
     def _judge(self) -> ChooseConfig:
         return ChooseConfig(episodes=self.config.episodes, length=1000)
 
-    @property
+    @cached_property  # read from the artifact; asked for at each round
     def _threshold(self) -> float:
         return known_threshold(self.world_model, self.uncertainty, self._judge.known)
 
