@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,9 +110,14 @@ def train_worker(job: DistillJob) -> None:
     job.train(Corpus.open(folder.path / CORPUS), workspace, reducer)
 
 
-def fit(job: DistillJob, workers: tuple[int, int], failures: int, labels: Mapping[str, str]) -> None:
+def fit(
+    job: DistillJob, prepared: Sequence[ray.ObjectRef], workers: tuple[int, int], failures: int,
+    labels: Mapping[str, str],
+) -> None:
     """Run Ray Train to its end; a run of this name that was cut off goes on from its last checkpoint.
 
+    prepared: what has to be done before it; in a sequence, which Ray does not wait for, so that this process starts
+    and imports meanwhile.
     Ray ends all workers to change their number, without a warning: what they did since the last checkpoint is done
     again. So it looks for room only every second checkpoint.
     """
@@ -135,6 +140,7 @@ def fit(job: DistillJob, workers: tuple[int, int], failures: int, labels: Mappin
             failure_config=ray.train.FailureConfig(max_failures=failures),
         ),
     )
+    ray.get(list(prepared))
     trainer.fit()
 
 
@@ -158,23 +164,26 @@ def distill(
             num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=failures, max_calls=1,
             label_selector=labels, scheduling_strategy="DEFAULT",  # not inside what a Tune trial around it holds
         )(prepare)
-        _finish(once.remote(job), tick)
+        prepared = once.remote(job)
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        _finish(start.remote(job, workers, failures, labels), tick)
+        _finish([prepared, start.remote(job, [prepared], workers, failures, labels)], tick)
     (work / FOLDER).remove()  # Ray's state holds pickles: not for an artifact
 
 
-def _finish(running: ray.ObjectRef, tick: Callable[[], None]) -> None:
-    """Wait for a task, ticking; end it where this process is to stop. Raises TaskError where it failed."""
+def _finish(calls: Sequence[ray.ObjectRef], tick: Callable[[], None]) -> None:
+    """Wait for tasks in this order, ticking; end them where one fails or this process is to stop. Raises TaskError."""
     try:
-        while not ray.wait([running], timeout=0.5)[0]:
-            tick()
-        ray.get(running)
-    except RayError as error:
-        raise TaskError(f"distill failed:\n{error}") from error
-    except BaseException:
-        ray.cancel(running)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
-        ray.wait([running], timeout=STOP_SECONDS)
-        ray.cancel(running, force=True)
+        for call in calls:
+            while not ray.wait([call], timeout=0.5)[0]:
+                tick()
+            ray.get(call)
+    except BaseException as error:
+        for call in calls:
+            ray.cancel(call)  # interrupts fit, which lets go of its workers; killed, it would leave their room taken
+        ray.wait(list(calls), num_returns=len(calls), timeout=STOP_SECONDS)
+        for call in calls:
+            ray.cancel(call, force=True)
+        if isinstance(error, RayError):
+            raise TaskError(f"distill failed:\n{error}") from error
         raise
