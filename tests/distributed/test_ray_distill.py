@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,13 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
     kept = [row["step"] for row in read_jsonl(work / "metrics.jsonl") if seen.get(row["step"]) == row["time"]]
     assert len(kept) >= 3  # it went on, rather than start again
     assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
+
+
+def test_a_corpus_that_cannot_be_made_is_told_and_no_worker_starts(ray_cluster, tiny_method, tmp_path: Path):
+    job = replace(tiny_method.job(tmp_path / "work"), values=str(tmp_path / "nowhere"))
+    with pytest.raises(TaskError, match="nowhere"):
+        on_ray(job)
+    assert not (tmp_path / "work" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
