@@ -35,7 +35,7 @@ from ipd_ray.pipeline import STEPS, Context, copy_policy, run_until, state_of, s
 from ipd_ray.progress import Listener, Listeners
 from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, register
 from ipd_ray.steps import DistillJob, LogRef, Place
-from ipd_ray.storage import Folder, near
+from ipd_ray.storage import ARTIFACT, Folder, near
 from ipd_ray.training import cores
 
 
@@ -295,6 +295,11 @@ class _Begun:
         folder.write_text(IDENTITY, json.dumps(identity, indent=1) + "\n")
         register(store.root, folder)
         folder.remove_file(SUMMARY)  # of another config, or of less; written again at the end
+        policy, parts = folder / "policy", self.context.parts
+        described = policy.read_text(ARTIFACT)
+        if described and json.loads(described).get("key") not in (parts.policy.key, parts.distill["ipd"].key):
+            policy.remove()
+            folder.remove_file("report.html")
         self._links()
 
     def _links(self) -> None:

@@ -59,7 +59,8 @@ class DataConfig(Section):
     discount: OpenFraction = 0.99
     """gamma, per step: of returns, values, the planner's score and acceptance."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
-    """Share of whole episodes that no value and no world model is trained on; they serve the diagnostics."""
+    """Share of whole episodes that no value and no world model is trained on. They serve the diagnostics, and pick the
+    world model's weights, its elites and what counts as known (kappa)."""
 
 
 class ValuesConfig(Section):
@@ -141,7 +142,7 @@ class SelectConfig(Section):
     """Step 3, which states of the log to plan from."""
 
     starts: PositiveInt = 20_000
-    """Start states wanted; fewer where the spacing and the cap an episode leave fewer."""
+    """Start states wanted; fewer where the spacing (imagine.length steps within an episode) and the cap leave fewer."""
     regret_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
     """Starts come from this share of the steps, the ones with the highest V(s_t) - G_t."""
     frontier_share: Fraction = 0.5
@@ -382,7 +383,8 @@ class EvaluateConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How the work is carried out. In no key: changes nothing that is computed."""
+    """How the work is carried out. In no key: changes nothing that is computed, but for the rounding of sums, which go
+    by the threads and workers of distillation."""
 
     engine: Literal["local", "ray"] = "local"
     """local: processes of this machine, no ray needed; ray: actors and Ray Train workers."""

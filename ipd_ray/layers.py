@@ -73,11 +73,6 @@ def _normed(x_MBI: Tensor, scale_M1I: Tensor, shift_M1I: Tensor) -> Tensor:
     return torch.stack(normed) if len(normed) > 1 else normed[0][None]
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trained values."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def block_generator(seed: int, stream: int, block: int) -> torch.Generator:
     """Return a CPU generator that depends on identity alone, never on process state."""
     # Hashed to 32 bits: torch's CPU generator looks at no more of its seed.

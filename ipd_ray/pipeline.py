@@ -5,18 +5,19 @@ Every step is looked up by key first; what is missing is claimed, computed by an
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from ipd_ray.artifacts import METRICS, TENSORS, Artifact, Store, Workspace, make_key
-from ipd_ray.config import DistillConfig, RunConfig
+from ipd_ray.config import ChooseConfig, DistillConfig, RunConfig
 from ipd_ray.data.columns import keep_columns
 from ipd_ray.data.shards import read_entries
-from ipd_ray.data.transitions import Transitions
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.distill import fit as distill_fit
 from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
@@ -48,7 +49,9 @@ from ipd_ray.training import cores, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 4
+IMAGINE_VERSION = 5
+_JUDGED_STEPS = 1000
+"""Imagined steps of each episode by which actors are judged."""
 _OF_ALL_REACHES = {"reaches", "students", "student_updates"}
 """Settings of the actor that an actor of one reach does not depend on."""
 STEPS = ("values", "world_model", "reach", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
@@ -94,7 +97,8 @@ def variants(config: RunConfig) -> dict[str, DistillConfig]:
 class Parts:
     """Keys of everything that a run makes."""
 
-    def __init__(self, config: RunConfig, content_hash: str):
+    def __init__(self, config: RunConfig, content_hash: str, spec: Spec):
+        """content_hash, spec: of the log's transitions."""
         c, data = config, {"data": content_hash}
         self.values = Part("values", "values", values_fit.VERSION, c.seed, {"data": c.data, "values": c.values}, data)
         self.world_model = Part(
@@ -111,7 +115,8 @@ class Parts:
         """None where plans are found anew for each state."""
         if c.planner.kind == "actor":
             about: dict[str, Any] = {"planner": c.planner, "uncertainty": c.imagine.uncertainty}
-            alone = {**about, "actor": c.actor.model_dump(mode="json", exclude=_OF_ALL_REACHES)}
+            judged = {"judge": judge_of(c), "range_margin": c.accept.range_margin}
+            alone = {**about, **judged, "actor": c.actor.model_dump(mode="json", exclude=_OF_ALL_REACHES)}
             for reach in c.actor.reaches:
                 sections = {**alone, "reach": reach}
                 self.reaches[reach] = Part(f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned)
@@ -135,7 +140,9 @@ class Parts:
         if c.choose.episodes > 0:
             candidates = {name: self.distill[name].key for name in self.candidates}
             upstream = {"world_model": self.world_model.key, **candidates}
-            about = {"choose": c.choose, "uncertainty": c.imagine.uncertainty}
+            about = {
+                "choose": c.choose, "uncertainty": c.imagine.uncertainty, "range_margin": c.accept.range_margin
+            }  # fmt: skip
             self.choose = Part("choose", "choose", evaluate_choose.VERSION, c.seed, about, upstream)
         self.fitted_q: Part | None = None
         """None where it is not asked for."""
@@ -150,7 +157,7 @@ class Parts:
                 "evaluate",
                 episodes.VERSION,
                 c.evaluate.seed,
-                {"evaluate": c.evaluate},
+                {"evaluate": c.evaluate, "environment": spec.acting},
                 {"distill": self.distill[variant].key, **chosen},
             )
 
@@ -188,7 +195,7 @@ class Context:
 
     @cached_property
     def parts(self) -> Parts:
-        return Parts(self.config, self.transitions.content_hash)
+        return Parts(self.config, self.transitions.content_hash, self.transitions.spec)
 
     @cached_property
     def device(self) -> str:
@@ -289,8 +296,16 @@ def learn_actor(context: Context) -> None:
 def _imagination(context: Context) -> Imagination:
     config, parts = context.config, context.parts
     return Imagination(
-        context.log, context.path(parts.values), context.path(parts.world_model), config.actor,
-        config.imagine.uncertainty, config.seed,
+        context.log, context.path(parts.values), context.path(parts.world_model), config.actor, judge_of(config),
+        config.imagine.uncertainty, config.accept.range_margin, config.seed,
+    )  # fmt: skip
+
+
+def judge_of(config: RunConfig) -> ChooseConfig:
+    """Whole episodes that actors play inside the world model: as policies do in step 6, in numbers of their own."""
+    return ChooseConfig(
+        episodes=config.actor.episodes, length=_JUDGED_STEPS, noise_std=config.choose.noise_std,
+        known=config.choose.known,
     )  # fmt: skip
 
 
@@ -310,6 +325,13 @@ def imagine(context: Context) -> None:
             "seed": config.seed,
         }
         specs: list[ShardSpec] = run_select(**shared, select=config.select)
+        found, wanted = sum(len(s.index) for s in specs), config.select.starts
+        if 2 * found < wanted:
+            context.listener.note(
+                f"imagine: {found:,} start states for select.starts={wanted:,}: those of an episode are "
+                f"imagine.length={config.imagine.length} steps apart, and at most select.episode_cap="
+                f"{config.select.episode_cap:g} of all; shorter segments, or a larger cap, leave room for more."
+            )
         there = read_entries(folder)
         missing = [s for s in specs if s.shard not in there]
         if done := len(specs) - len(missing):
@@ -371,6 +393,7 @@ def choose(context: Context) -> None:
         "world_model": context.path(context.parts.world_model),
         "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
         "uncertainty": config.imagine.uncertainty,
+        "range_margin": config.accept.range_margin,
         "config": config.choose,
         "seed": config.seed,
     })])
@@ -402,6 +425,7 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
     _obtain(context, [Job(part, run_evaluate, lambda: {
         "policy": context.path(context.parts.distill[variant]),
         "config": config,
+        "spec": context.transitions.spec,
         "chosen": context.path(chosen) if chosen else None,
     })])
 
@@ -499,11 +523,13 @@ def copy_policy(context: Context, folder: Folder) -> None:
     artifact = Artifact(context.path(part))
     kept = [name for name in (ARTIFACT, TENSORS, METRICS) if artifact.folder.exists(name)]
     artifact.pull(kept)
+    described = {**artifact.described, "spec": asdict(context.transitions.spec)}  # as it is now
     target, fresh = folder.path / "policy", folder.path / ".policy.new"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for name in kept:
         shutil.copy2(artifact.path / name, fresh / name)
+    (fresh / ARTIFACT).write_text(json.dumps(described, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     folder.push([f"policy/{name}" for name in kept if name != ARTIFACT])

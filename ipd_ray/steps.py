@@ -6,7 +6,7 @@ Every function here takes picklable arguments and paths, and may run in any proc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import fetch_columns
 from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entries, read_shard, write_shard
-from ipd_ray.data.transitions import Floats, Log, prepare
+from ipd_ray.data.transitions import Floats, Log, Spec, prepare
 from ipd_ray.distill.fit import (
     Corpus,
     DistillTrainer,
@@ -50,7 +50,7 @@ from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
 from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
-from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, shard_specs
+from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, segment_length, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.storage import Folder
 from ipd_ray.training import set_threads
@@ -160,31 +160,32 @@ class Imagination:
     values: str
     world_model: str
     config: ActorConfig
+    judge: ChooseConfig
+    """How whole episodes are played inside the world model."""
     uncertainty: str
+    range_margin: float
     seed: int
 
     def rollouts(self, device: str) -> Rollouts:
         """Where an actor is rolled out."""
         return Rollouts(
             self.log.load(), values_of(self.values, device), world_model_of(self.world_model, device), self.config,
-            uncertainty=self.uncertainty, threshold=self._threshold, seed=self.seed, device=device,
+            uncertainty=self.uncertainty, threshold=self._threshold, range_margin=self.range_margin, seed=self.seed,
+            device=device,
         )  # fmt: skip
 
     def play(self, actor: Actor, device: str) -> tuple[Floats, float, float]:
         """Returns of whole episodes inside the world model; as `imagined_returns`."""
         log = self.log.load()
         return imagined_returns(
-            _Memoryless(actor, log, device), log, world_model_of(self.world_model, device), self._judge,
-            uncertainty=self.uncertainty, threshold=self._threshold, seed=self.seed, device=device,
+            _Memoryless(actor, log, device), log, world_model_of(self.world_model, device), self.judge,
+            uncertainty=self.uncertainty, threshold=self._threshold, range_margin=self.range_margin, seed=self.seed,
+            device=device,
         )  # fmt: skip
-
-    @property
-    def _judge(self) -> ChooseConfig:
-        return ChooseConfig(episodes=self.config.episodes, length=1000)
 
     @cached_property  # read from the artifact; asked for at each round
     def _threshold(self) -> float:
-        return known_threshold(self.world_model, self.uncertainty, self._judge.known)
+        return known_threshold(self.world_model, self.uncertainty, self.judge.known)
 
 
 def run_reach(work: str, place: Place, imagination: Imagination, planner: PlannerConfig, reach: float) -> None:
@@ -247,7 +248,7 @@ class _Memoryless:
     def reset(self, mask: Any = None) -> None:
         """Nothing is remembered."""
 
-    def act(self, observation: Any, reward: Any = None) -> Any:
+    def act_flat(self, observation: Floats, reward: Any = None) -> Any:
         action = self.acts.act(torch.from_numpy(observation).to(self.device))
         return self.log.transitions.spec.unscale_action(action.cpu().numpy())
 
@@ -258,7 +259,8 @@ def run_select(
     """Step 3: return the shards to imagine, the same for the same identity."""
     place.workspace(work)
     v, returns = logged_values(values, log, place.device)
-    starts = select_starts(log.load(), v, returns, select, length=imagine.length, seed=seed)
+    data = log.load()
+    starts = select_starts(data, v, returns, select, length=segment_length(data, imagine), seed=seed)
     return shard_specs(starts.index, starts.control, imagine.shard_size)
 
 
@@ -486,7 +488,7 @@ class DistillJob:
         if self.distill.prompt == "fixed" and target is None:
             target = float(log.transitions.episode_return.max())
         return {
-            "spec": {**log.transitions.spec.__dict__}, "reward_scale": log.reward_scale, "discount": log.discount,
+            "spec": asdict(log.transitions.spec), "reward_scale": log.reward_scale, "discount": log.discount,
             "target_return": target,
         }
 
@@ -511,6 +513,7 @@ def run_choose(
     world_model: str,
     distilled: dict[str, str],
     uncertainty: str,
+    range_margin: float,
     config: ChooseConfig,
     seed: int,
 ) -> None:
@@ -528,8 +531,9 @@ def run_choose(
     for i, (variant, artifact, step, tensors) in enumerate(policies):
         acting = Policy(artifact.described, tensors, place.device)
         returns, ended, halted = imagined_returns(
-            acting, data, dynamics, config, uncertainty=uncertainty, threshold=threshold, seed=seed, device=place.device
-        )
+            acting, data, dynamics, config, uncertainty=uncertainty, threshold=threshold, range_margin=range_margin,
+            seed=seed, device=place.device,
+        )  # fmt: skip
         found.append({
             "variant": variant, "step": step, "return_mean": float(returns.mean()), "ended": ended, "halted": halted,
             "return_sem": float(returns.std() / np.sqrt(len(returns))),
@@ -558,9 +562,12 @@ def run_fitted_q(
     )
 
 
-def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig, chosen: str | None = None) -> None:
+def run_evaluate(
+    work: str, place: Place, policy: str, config: EvaluateConfig, spec: Spec, chosen: str | None = None
+) -> None:
     """Step 7. Always float32. policy: a distillation, all of whose policies are scored; chosen: the policy that is kept
-    where it is not the last one of these."""
+    where it is not the last one of these. spec: of the log as it is now; its environment and reference scores are no
+    part of what the policy learned."""
     workspace = place.workspace(work)
     workspace.rewind({})  # an evaluation that was cut off begins anew
     artifact = Artifact(policy)
@@ -580,8 +587,9 @@ def run_evaluate(work: str, place: Place, policy: str, config: EvaluateConfig, c
     begun = 0  # environment steps of the policies before
     for described, tensors in policies:
         acting = Policy(
-            described, tensors, place.device, candidates=config.candidates, candidate_std=config.candidate_std
-        )
+            {**described, "spec": asdict(spec)}, tensors, place.device, candidates=config.candidates,
+            candidate_std=config.candidate_std,
+        )  # fmt: skip
 
         def report(steps: int, share: float, begun: int = begun) -> None:
             done = begun + steps

@@ -205,6 +205,34 @@ def test_a_run_may_end_early_and_go_on_later(place: Path) -> None:
     assert [row["step"] for row in summary_states(place, folder)] == PARTS
 
 
+def test_another_seed_leaves_no_policy_of_the_one_before(place: Path) -> None:
+    folder = place / "runs" / "changed"
+    run(LOG, settings(), run_dir=folder)
+    run(LOG, settings(), run_dir=folder, until="values")  # the same run, looked at again
+    assert (folder / "policy").exists() and (folder / "report.html").exists()
+    run(LOG, settings("seed=6"), run_dir=folder, until="values")
+    assert not (folder / "policy").exists()
+    with pytest.raises(UserError, match="no policy"):
+        Policy.load(folder)
+
+
+def test_reference_scores_that_come_later_are_those_of_the_policy(place: Path) -> None:
+    name = write_log(place / "minari", "test/named-later-v0", seed=3)
+    metadata = place / "minari" / name / "data" / "metadata.json"
+    whole = json.loads(metadata.read_text())
+    bare = {k: v for k, v in whole.items() if k not in ("env_spec", "ref_min_score", "ref_max_score")}
+    metadata.write_text(json.dumps(bare))
+    folder = place / "runs" / "named-later"
+    assert "policy" not in run(name, settings(), run_dir=folder)
+    assert Policy.load(folder).spec.env_spec is None
+    metadata.write_text(json.dumps(whole))
+    heard = Heard()
+    summary = run(name, settings(), run_dir=folder, listeners=[heard])
+    assert summary["policy"]["normalised"] is not None
+    assert [part for part, reused in heard.ended.items() if not reused] == ["evaluate"]
+    assert Policy.load(folder).spec.ref_max_score == -150.0
+
+
 def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
     from ipd_ray.api import plan
 

@@ -1,15 +1,11 @@
-"""What steps leave behind: keys, atomic files, leases, the store."""
+"""What steps leave behind: keys, atomic files, the store."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +28,9 @@ from ipd_ray.artifacts import (
     tensor_digest,
 )
 from ipd_ray.config import ActorConfig, RunConfig, ValuesConfig, load
+from ipd_ray.data.transitions import Spec
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
-from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Parts
 
 KEY = "0123456789abcdef" * 4
@@ -57,8 +53,11 @@ def test_a_key_changes_with_everything_that_it_is_made_of():
     assert key() == key(sections={"values": ValuesConfig(width=256)})
 
 
-def keys_of(config: RunConfig, content: str = "log") -> dict[str, str]:
-    return {part.name: part.key for part in Parts(config, content).until("evaluate")}
+SPEC = Spec("some/log-v0", {"type": "Box", "shape": [3], "dtype": "float32"}, [-1.0], [1.0], [1], "float32")
+
+
+def keys_of(config: RunConfig, content: str = "log", spec: Spec = SPEC) -> dict[str, str]:
+    return {part.name: part.key for part in Parts(config, content, spec).until("evaluate")}
 
 
 REACHES = {f"reach:{reach}" for reach in ActorConfig().reaches}
@@ -92,6 +91,8 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
     ("word", "changed"),
     [
         ("actor.rounds=3", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
+        ("choose.known=0.9", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
+        ("accept.range_margin=0.5", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
         ("actor.students=3", {"actor", "imagine", "distill", "choose", "evaluate"}),
         ("world_model.width=8", {"world_model", *REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
         ("imagine.length=20", {"imagine", "distill", "choose", "evaluate"}),
@@ -110,6 +111,11 @@ def test_what_an_actor_is_told_changes_no_other_plans():
 def test_another_log_makes_everything_anew():
     before, after = keys_of(load(), "log"), keys_of(load(), "another")
     assert not set(before.values()) & set(after.values())
+
+
+def test_an_environment_that_is_named_later_is_evaluated_in_and_nothing_is_learned_anew():
+    before, after = keys_of(load()), keys_of(load(), spec=replace(SPEC, env_spec="{}", ref_max_score=100.0))
+    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
 
 
 def test_the_digest_sees_name_dtype_shape_and_values():
@@ -184,106 +190,6 @@ def test_nothing_non_finite_is_saved(tmp_path: Path):
     with pytest.raises(FloatingPointError, match=r"values: q_loss not finite at step 5: lower the learning rate"):
         workspace.log(5, 10, {"q_loss": float("nan"), "v_loss": 1.0})
     assert list(workspace.path.iterdir()) == []
-
-
-# --- leases -----------------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from ipd_ray.lease import Lease
-assert Lease(Path(sys.argv[1])).acquire() is None
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def written(folder: Path, **changes: Any) -> None:
-    """A lease file as another process of another host would have written it just now."""
-    owner = {"host": "elsewhere", "pid": 1, "born": "1", "token": "theirs", "time": time.time()}
-    folder.mkdir(exist_ok=True)
-    (folder / "lease.json").write_text(json.dumps({**owner, **changes}))
-
-
-def test_a_second_lease_is_refused_until_the_first_is_released(tmp_path: Path):
-    first, second = Lease(tmp_path), Lease(tmp_path)
-    assert first.acquire() is None
-    owner = second.acquire()
-    assert owner is not None and (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
-    first.release()
-    assert second.acquire() is None
-    second.release()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lease_of_a_killed_process_of_this_host_is_free_at_once(tmp_path: Path):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        owner = Lease(tmp_path).acquire()
-        assert owner is not None and owner["pid"] == holder.pid  # alive: refused
-    finally:
-        os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    mine = Lease(tmp_path)
-    assert mine.acquire() is None
-    mine.release()
-
-
-def test_another_host_keeps_its_lease_until_it_expires(tmp_path: Path):
-    written(tmp_path)
-    assert Lease(tmp_path).acquire() is not None
-    written(tmp_path, time=time.time() - Lease.EXPIRES - 1.0)
-    mine = Lease(tmp_path)
-    assert mine.acquire() is None
-    mine.release()
-
-
-def test_a_process_number_used_again_is_not_the_owner(tmp_path: Path):
-    written(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="0")
-    mine = Lease(tmp_path)
-    assert mine.acquire() is None
-    mine.release()
-
-
-def test_a_lease_is_renewed_while_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Lease, "RENEW", 0.05)
-    lease = Lease(tmp_path)
-    lease.acquire()
-    begun = json.loads((tmp_path / "lease.json").read_text())["time"]
-    deadline = time.monotonic() + 20.0
-    while json.loads((tmp_path / "lease.json").read_text())["time"] == begun and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert json.loads((tmp_path / "lease.json").read_text())["time"] > begun
-    lease.release()
-
-
-def test_a_lease_taken_over_is_not_taken_back(tmp_path: Path):
-    lease = Lease(tmp_path)
-    lease.acquire()
-    written(tmp_path)
-    lease.release()
-    assert json.loads((tmp_path / "lease.json").read_text())["token"] == "theirs"
-
-
-def test_two_that_come_at_once_do_not_both_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first, second = Lease(tmp_path), Lease(tmp_path)
-    answers: list[Any] = []
-    content = first._content
-
-    def interrupted() -> str:
-        if not answers:  # the second comes between the first's creating its file and writing it
-            answers.append("asked")
-            answers.append(second.acquire())
-        return content()
-
-    monkeypatch.setattr(first, "_content", interrupted)
-    try:
-        answers.append(first.acquire())
-        assert answers[1:].count(None) == 1
-    finally:
-        first.release()
-        second.release()
 
 
 # --- the store --------------------------------------------------------------------------------------------------------

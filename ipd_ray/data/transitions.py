@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,12 @@ class Spec:
     @property
     def action_dim(self) -> int:
         return len(self.action_low)
+
+    @property
+    def acting(self) -> dict[str, Any]:
+        """What of it scores depend on, but nothing that is learned."""
+        names = ("env_spec", "ref_min_score", "ref_max_score", "action_shape", "action_dtype")
+        return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
         return json.dumps({f.name: getattr(self, f.name) for f in fields(self)}, sort_keys=True)
@@ -220,9 +226,9 @@ class Log:
 
     @cached_property
     def observation_moments(self) -> tuple[Floats, Floats]:
-        """Mean and std, (O,) each, of the training observations; std floored at 1e-3 of the largest."""
+        """Mean and std, (O,) each, of the training observations; std is 1 where they are constant."""
         observation = self.transitions.observation[self.train_steps].astype(np.float64)
-        return observation.mean(0).astype(np.float32), floored_std(observation)
+        return observation.mean(0).astype(np.float32), one_where_zero(spread(observation, np.abs(observation).max(0)))
 
     @cached_property
     def return_parts(self) -> tuple[Floats, Floats]:
@@ -265,17 +271,35 @@ class Log:
         return float(partial.mean()), float(max(partial.std(), 1e-3))
 
 
-def floored_std(values: NDArray[np.float64]) -> Floats:
-    """Return the std (D,) of values (N, D), floored at 1e-3 of the largest."""
+_ROUNDING = 3e-7
+"""Spread of a column, in units of its magnitude, under which it is the rounding of float32."""
+
+
+def spread(values: NDArray[np.float64], magnitude: NDArray[np.float64]) -> Floats:
+    """Return the std (D,) of values (N, D), each in units of its own; 0 where they are constant but for rounding.
+
+    magnitude: (D,) size of the float32 numbers that the values were computed from.
+    """
     std = values.std(0)
-    return np.maximum(std, max(1e-3 * float(std.max()), 1e-8)).astype(np.float32)
+    return np.where(std > _ROUNDING * magnitude, std, 0.0).astype(np.float32)
+
+
+def one_where_zero(std: Floats) -> Floats:
+    """Return the std with 1 for 0: what a constant column may be divided by."""
+    return np.where(std > 0, std, np.float32(1.0))
 
 
 def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Spearman's rho of two columns (N,); 0 where one is constant."""
+    """Spearman's rho of two columns (N,), equal values with their mean rank; 0 where one is constant."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
-    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    _, which, count = np.unique(values, return_inverse=True, return_counts=True)
+    mean: NDArray[np.float64] = np.cumsum(count) - (count - 1) / 2.0
+    return mean[which]
 
 
 def reward_scale(transitions: Transitions, transform: str) -> float:
@@ -296,16 +320,20 @@ def reward_scale(transitions: Transitions, transform: str) -> float:
 
 
 def prepare(transitions: Transitions, config: DataConfig, seed: int) -> Log:
-    """Fix the reward transform and the held-out episodes of a log."""
+    """Fix the reward transform and the held-out episodes of a log. An episode that terminates is trained on, if any."""
     count = max(1, round(config.holdout_fraction * transitions.episodes))
     if transitions.episodes < 2:
         raise UserError(
             f"dataset {transitions.spec.dataset}: {transitions.episodes} episode, but one is held out for the "
             "diagnostics and one at least is trained on: log at least 2 episodes."
         )
-    chosen = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(transitions.episodes)[:count]
+    order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(transitions.episodes)
+    ends = transitions.terminal[transitions.episode_start[1:] - 1][order]
+    if ends.any() and not ends[count:].any():  # then what a termination is could not be learned
+        first = int(np.flatnonzero(ends)[0])
+        order[[first, count]] = order[[count, first]]
     holdout = np.zeros(transitions.episodes, bool)
-    holdout[chosen] = True
+    holdout[order[:count]] = True
     return Log(transitions, config.discount, reward_scale(transitions, config.reward_transform), holdout)
 
 
@@ -326,8 +354,3 @@ def check(transitions: Transitions) -> None:
                 f"in episode {int(transitions.episode[first])}, step {int(transitions.timestep[first])}: "
                 "repair or drop these episodes and import the log again."
             )
-
-
-def renamed(transitions: Transitions, dataset: str) -> Transitions:
-    """Return the same columns under another dataset name."""
-    return replace(transitions, spec=replace(transitions.spec, dataset=dataset))

@@ -1,1 +1,1 @@
-"""Step 6: the distilled policy, acting."""
+"""Steps 6 and 7: the distilled policy, acting."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ipd_ray.artifacts import Artifact, stripped
 from ipd_ray.config import PolicyConfig
-from ipd_ray.data.transitions import Spec, Transitions
+from ipd_ray.data.transitions import Floats, Spec, Transitions
 from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.errors import UserError
 from ipd_ray.layers import block_generator
@@ -102,14 +102,18 @@ class Policy:
         """
         try:
             flat = self.spec.flatten_observation(observation)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             known = self._model.observation_mean.shape[0]
             raise UserError(
                 f"act(observation): of shape {np.shape(observation)}, but the policy knows {known} entries "
                 f"({self.spec.observation_space}): give one observation of its environment, or a batch."
             ) from error
-        single = flat.ndim == 1
-        s = torch.from_numpy(np.atleast_2d(flat)).to(self._device)
+        raw = self.act_flat(np.atleast_2d(flat), reward)
+        return raw[0] if flat.ndim == 1 else raw
+
+    def act_flat(self, observation: Floats, reward: Any = None) -> NDArray[Any]:
+        """As `act`, for a batch of observations that are flattened already, (n, O)."""
+        s = torch.from_numpy(observation).to(self._device)
         if self._rows == 0:
             self._begin(len(s))
         elif len(s) != self._rows:
@@ -117,9 +121,7 @@ class Policy:
         if reward is not None:
             collected = torch.as_tensor(np.atleast_1d(np.asarray(reward, np.float32)), device=self._device)
             self._asked -= torch.where(self._steps > 0, collected, 0.0)  # not what ended an episode before a reset
-        action = self._decide(s).cpu().numpy()
-        raw = self.spec.unscale_action(action)
-        return raw[0] if single else raw
+        return self.spec.unscale_action(self._decide(s).cpu().numpy())
 
     def value(self, observation: Any) -> NDArray[np.float32]:
         """Return V of observations in raw reward units (discounted)."""

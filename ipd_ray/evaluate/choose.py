@@ -10,14 +10,13 @@ import torch
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
+from ipd_ray.imagine.accept import step_ranges, widened
 from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 4
+VERSION = 5
 _STREAM = 77
-_RANGE = 0.05
-"""Share of the log's range by which an imagined state may lie outside it; it is held there."""
 
 
 class Player(Protocol):
@@ -25,7 +24,7 @@ class Player(Protocol):
 
     def reset(self, mask: Any = None) -> None: ...
 
-    def act(self, observation: Any, reward: Any = None) -> Any: ...
+    def act_flat(self, observation: Floats, reward: Any = None) -> Any: ...
 
 
 def first_observations(log: Log, episodes: int) -> Floats:
@@ -52,6 +51,7 @@ def imagined_returns(
     *,
     uncertainty: str,
     threshold: float,
+    range_margin: float,
     seed: int,
     device: str,
 ) -> tuple[Floats, float, float]:
@@ -62,14 +62,13 @@ def imagined_returns(
     2018), and each action carries noise, the same for every policy. An episode is halted at a step whose U is over
     `threshold` (MOReL, arXiv:2005.05951): what lies beyond is the model's invention, which policies that were made
     inside the model have learned to please; every step from there on earns the log's poorest reward (1 % quantile).
-    uncertainty: kind of U. N is `config.episodes`, rounded up to a multiple of the elites.
+    uncertainty: kind of U. range_margin: share of the log's range by which a state may lie outside it; it is held
+    there. N is `config.episodes`, rounded up to a multiple of the elites.
     """
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
     s = torch.from_numpy(first_observations(log, N)).to(device)
-    low, high = t.observation.min(0), t.observation.max(0)
-    slack = _RANGE * (high - low)
-    least, most = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
+    least, most = (torch.from_numpy(x).to(device) for x in widened(*step_ranges(log)[:2], range_margin))
     alive = torch.ones(N, dtype=torch.bool, device=device)
     halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)
@@ -79,7 +78,7 @@ def imagined_returns(
     policy.reset()
     for k in range(length):
         generator = block_generator(seed, _STREAM, k)
-        action = torch.from_numpy(t.spec.rescale_action(policy.act(s.cpu().numpy(), earned))).to(device)
+        action = torch.from_numpy(t.spec.rescale_action(policy.act_flat(s.cpu().numpy(), earned))).to(device)
         noise = torch.randn(action.shape, generator=generator).to(device)
         action = (action + config.noise_std * noise).clamp(-1.0, 1.0)
         gaussians = dynamics.step_together(s, action)[3]

@@ -13,6 +13,8 @@ from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Bools, Floats, Ints, Log
 
 _SHARE_STREAM = 77
+_ROUNDING = 1e-5
+"""Of a bound's size: more than the roundings of a long roll-out."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,13 @@ def step_ranges(log: Log) -> tuple[Floats, Floats, float, float]:
     low = np.minimum(t.observation.min(0), t.next_observation.min(0))
     high = np.maximum(t.observation.max(0), t.next_observation.max(0))
     return low, high, float(log.reward.min()), float(log.reward.max())
+
+
+def widened(low: Any, high: Any, margin: float) -> tuple[Any, Any]:
+    """Return the bounds of a range, each farther out by `margin` times its width, and by what float32 rounds off: what
+    is constant in the log stays inside."""
+    slack = margin * (high - low) + _ROUNDING * np.maximum(np.abs(low), np.abs(high))
+    return low - slack, high + slack
 
 
 FEW_WINDOWS = 50
@@ -80,12 +89,11 @@ def accept(
     log went on to reach selects starts, it accepts nothing: V stands on both sides here.
     """
     S, L = len(segments), segments.length
-    low, high, reward_low, reward_high = ranges
-    slack = config.range_margin * (high - low)
+    low, high = widened(*ranges[:2], config.range_margin)
+    reward_low, reward_high = widened(*ranges[2:], config.range_margin)  # the best reward is often the most common one
     following = segments.observation[:, 1:]
-    in_range = ((following >= low - slack) & (following <= high + slack)).all(-1)
-    reward_slack = config.range_margin * (reward_high - reward_low)  # the best reward is often the most common one
-    in_range &= (segments.reward >= reward_low - reward_slack) & (segments.reward <= reward_high + reward_slack)
+    in_range = ((following >= low) & (following <= high)).all(-1)
+    in_range &= (segments.reward >= reward_low) & (segments.reward <= reward_high)
     certain = segments.uncertainty <= threshold
     ended_before = np.cumsum(segments.terminal, 1) - segments.terminal > 0
     usable = certain & in_range & ~ended_before

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import ActorConfig, PlannerConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.imagine.accept import step_ranges
+from ipd_ray.imagine.accept import step_ranges, widened
 from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
@@ -45,8 +45,6 @@ _FAR = 3
 """Times that roll-outs for students are longer, and fewer: they drift slowly."""
 _FRONTIER = 0.3
 """Share of the log, of the highest V, in which many roll-outs start."""
-_RANGE = 0.05
-"""Share of the log's range by which an imagined observation may leave it."""
 _WORST = 0.001
 """Quantile of the log's V that a state beyond what is known is worth at most."""
 
@@ -136,10 +134,12 @@ class Rollouts:
         *,
         uncertainty: str,
         threshold: float,
+        range_margin: float,
         seed: int,
         device: str,
     ):
-        """values: step 1's result. uncertainty, threshold: kind of U, and over which value a step is not known."""
+        """values: step 1's result. uncertainty, threshold: kind of U, and over which value a step is not known.
+        range_margin: share of the log's range by which an observation may leave it."""
         self.log, self.values, self.dynamics, self.config = log, values, dynamics, config
         self.seed, self.device = seed, device
         self._uncertainty, self._threshold = uncertainty, threshold
@@ -149,9 +149,8 @@ class Rollouts:
         self.v = evaluate_in_chunks(values.v, t.observation, device=device)
         """(T,) by step 1."""
         self._frontier = np.argsort(-self.v, kind="stable")[: max(1, int(_FRONTIER * len(t)))]
-        low, high = step_ranges(log)[:2]
-        slack = _RANGE * (high - low)
-        self._low, self._high = (torch.from_numpy(x).to(device) for x in (low - slack, high + slack))
+        known = widened(*step_ranges(log)[:2], range_margin)
+        self._low, self._high = (torch.from_numpy(x).to(device) for x in known)
 
     def rows(self, starts: int) -> int:
         """Return `starts`, rounded up to a multiple of the elites."""

@@ -36,6 +36,11 @@ def shard_specs(index: Ints, control: Bools, shard_size: int) -> list[ShardSpec]
     return [ShardSpec(i, index[c : c + shard_size], control[c : c + shard_size]) for i, c in enumerate(cuts)]
 
 
+def segment_length(log: Log, imagine: ImagineConfig) -> int:
+    """L: no longer than the log's longest episode; no later step is ever acted in."""
+    return min(imagine.length, int(log.transitions.episode_length.max()))
+
+
 @torch.no_grad()
 def imagine_shard(
     spec: ShardSpec,
@@ -56,7 +61,8 @@ def imagine_shard(
     turn with it, and what it would do is what is imitated. replay: take the log's own actions instead of planned ones
     (the test of acceptance: hardly any such segment may pass).
     """
-    L, t = imagine.length, log.transitions
+    t = log.transitions
+    L = segment_length(log, imagine)
     s = torch.from_numpy(t.observation[spec.index]).to(device)
     observations, rewards, actions, imitated, ended_at, uncertainty = [s], [], [], [], [], []
     value = [values.v(s)]

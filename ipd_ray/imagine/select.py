@@ -23,8 +23,8 @@ class Starts:
 def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig, *, length: int, seed: int) -> Starts:
     """Draw start states: random parts of the steps of most regret and of highest V, and a uniform control group.
 
-    value, returns: V(s_t) and bootstrapped G_t, (T,). At most one start in any `length` consecutive steps, at most
-    `episode_cap` of the starts in an episode.
+    value, returns: V(s_t) and bootstrapped G_t, (T,). In an episode, at most one start in any `length`
+    consecutive steps, and at most `episode_cap` of all.
     """
     regret = value - returns
     rng = np.random.default_rng(np.random.SeedSequence([seed, 3]))
@@ -33,19 +33,21 @@ def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig
     top, frontier = (np.argsort(-by, kind="stable")[:share] for by in (regret, value))
     cap = max(1, int(config.episode_cap * config.starts))
     control_count, frontier_count = (round(s * config.starts) for s in (config.control_share, config.frontier_share))
-    taken = np.zeros(steps + length, bool)
+    taken = np.zeros(steps, bool)
     per_episode = np.zeros(log.transitions.episodes, np.int64)
-    episode = log.transitions.episode
+    episode, begin = log.transitions.episode, log.transitions.episode_start
 
     def draw(candidates: Ints, wanted: int) -> list[int]:
         chosen: list[int] = []
         for step in candidates[rng.permutation(len(candidates))]:
             if len(chosen) == wanted:
                 break
-            if per_episode[episode[step]] >= cap or taken[max(0, step - length + 1) : step + length].any():
+            e = episode[step]
+            near = slice(max(begin[e], step - length + 1), min(begin[e + 1], step + length))
+            if per_episode[e] >= cap or taken[near].any():
                 continue
             taken[step] = True
-            per_episode[episode[step]] += 1
+            per_episode[e] += 1
             chosen.append(int(step))
         return chosen
 

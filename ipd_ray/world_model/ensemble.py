@@ -68,10 +68,15 @@ class Ensemble(nn.Module):
 class WorldModel(nn.Module):
     """What step 2 leaves behind: the elites, a termination rule, and transitions in raw observations."""
 
+    _varying: Tensor
+
     def __init__(self, ensemble: Ensemble, rule: TerminationRule | None):
         super().__init__()
         self.ensemble = ensemble
         self._rule = rule
+        varies = ensemble.target_std > 0
+        self._all_vary = bool(varies.all())
+        self.register_buffer("_varying", torch.nonzero(varies)[:, 0], persistent=False)
 
     @property
     def elites(self) -> int:
@@ -94,11 +99,13 @@ class WorldModel(nn.Module):
         """One transition by the mean of the elites.
 
         Returns next observation (B, O), reward (B,), termination probability (B,), and the elites' normalised means
-        and log-variances (E, B, D), for the uncertainty.
+        and log-variances (E, B, D) of what varies in the log, for the uncertainty.
         """
         mean, log_variance = self.ensemble.heads(self._inputs(observation_BO, action_BA).expand(self.elites, -1, -1))
         following, reward = self._decode(observation_BO, mean)
         together = following.mean(0)
+        if not self._all_vary:
+            mean, log_variance = mean[..., self._varying], log_variance[..., self._varying]
         return together, reward.mean(0), self.ended(observation_BO, together), (mean, log_variance)
 
     def ended(self, observation_BO: Tensor, following_BO: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
-from ipd_ray.data.transitions import Log, floored_std, rank_correlation
+from ipd_ray.data.transitions import Log, one_where_zero, rank_correlation, spread
 from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
-VERSION = 2
+VERSION = 3
 _BLOCK = 250
 _STREAM = 22
 _HOLDOUT_ROWS = 20_000
@@ -37,9 +37,11 @@ class WorldModelTrainer:
         torch.manual_seed(seed + 1)
         self.model = Ensemble(config.members, t.observation_dim, t.spec.action_dim, config)
         mean, std = log.observation_moments
-        targets = np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
+        targets = _targets(log)
         known = targets[log.train_steps].astype(np.float64)
-        target_mean, target_std = known.mean(0).astype(np.float32), floored_std(known)
+        magnitude = np.append(np.abs(t.observation).max(0), np.abs(log.reward).max())
+        # Where the std is 0 the model predicts the mean, whatever its networks say: it drifts in no constant column.
+        target_mean, target_std = known.mean(0).astype(np.float32), spread(known, magnitude)
         for name, value in (
             ("observation_mean", mean),
             ("observation_std", std),
@@ -50,7 +52,7 @@ class WorldModelTrainer:
         self.model.to(device)
         self._config, self._seed, self._device = config, seed, device
         columns = np.concatenate(
-            [(t.observation - mean) / std, t.action, (targets - target_mean) / target_std], 1
+            [(t.observation - mean) / std, t.action, (targets - target_mean) / one_where_zero(target_std)], 1
         ).astype(np.float32)
         self._split = [t.observation_dim + t.spec.action_dim, t.observation_dim + 1]
         self._table = torch.from_numpy(columns[log.train_steps]).to(device)
@@ -62,9 +64,9 @@ class WorldModelTrainer:
         self._bootstrap = torch.randint(rows, (config.members, rows), generator=block_generator(seed, _STREAM, 0)).to(
             device
         )
-        self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
-        learned = config.termination == "learned" and len(self._ended) > 0
-        self._learn_termination = learned
+        self._learn_termination = config.termination == "learned" and _terminates(log)
+        if self._learn_termination:
+            self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
         decayed = [*self.model.net.parameters(), *self.model.termination_net.parameters()]
         self._optimizer = torch.optim.AdamW(
             [
@@ -169,6 +171,17 @@ class WorldModelTrainer:
         return model.to(self._device)
 
 
+def _targets(log: Log) -> NDArray[np.float32]:
+    """(T, O + 1) change of the observation, and reward."""
+    t = log.transitions
+    return np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
+
+
+def _terminates(log: Log) -> bool:
+    """Whether there are terminations to learn from."""
+    return bool(log.transitions.terminal[log.train_steps].any())
+
+
 def _termination_rows(
     log: Log, mean: NDArray[np.float32], std: NDArray[np.float32], device: str
 ) -> tuple[Tensor, Tensor, float]:
@@ -189,7 +202,7 @@ def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: st
     exhaust(train(trainer, config.max_updates, workspace, every, stop=lambda: trainer.stale >= config.patience))
     ensemble = trainer.elites(config).eval().requires_grad_(False)
     rule = resolve(config.termination)
-    if rule is None and not log.transitions.terminal.any():
+    if rule is None and not _terminates(log):
         rule = resolve("never")
     model = WorldModel(ensemble, rule)
     u = holdout_uncertainty(model, log, device)
@@ -200,7 +213,7 @@ def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: st
         world_model=config.model_dump(mode="json"),
         observation_dim=log.transitions.observation_dim,
         action_dim=log.transitions.spec.action_dim,
-        terminates=bool(log.transitions.terminal.any()),
+        terminates=_terminates(log),
     )
 
 
@@ -232,24 +245,29 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
     """Show that the model learned: one-step error against trivial predictors, U against error, error by depth.
 
     Errors are root mean squares over held-out steps in units of the spread of (s' - s, r): 1 is the constant predictor.
+    What does not vary is left out.
     """
     t, held = log.transitions, log.holdout_steps
     ensemble = model.ensemble
     mean, std = ensemble.target_mean.cpu().numpy(), ensemble.target_std.cpu().numpy()
-    target = np.concatenate([t.next_observation - t.observation, log.reward[:, None]], 1)
+    target, varies = _targets(log), std > 0
+    lowest = ensemble.min_log_variance[ensemble.target_std > 0]
     predicted, floor, done = [], [], []
     for rows in np.array_split(held, max(1, len(held) // 4096)):
         s, a = (torch.from_numpy(c[rows]).to(device) for c in (t.observation, t.action))
         following, reward, p_done, (_, log_variance) = model.step_together(s, a)
         predicted.append(torch.cat([following - s, reward[:, None]], 1).cpu().numpy())
-        floor.append(float((log_variance < ensemble.min_log_variance + 0.5).float().mean()))
+        floor.append(float((log_variance < lowest + 0.5).float().mean()))
         done.append(p_done.cpu().numpy())
-    error = np.square((np.concatenate(predicted) - target[held]) / std)
+
+    def in_spreads(guess: NDArray[Any]) -> NDArray[Any]:
+        return np.square((guess - target[held])[:, varies] / std[varies])
+
+    error = in_spreads(np.concatenate(predicted))
     trained = log.train_steps
     design = np.concatenate([t.observation, t.action, np.ones((len(t), 1), np.float32)], 1)
     weights, *_ = np.linalg.lstsq(design[trained].astype(np.float64), target[trained].astype(np.float64), rcond=None)
-    linear = np.square((design[held] @ weights - target[held]) / std)
-    constant = np.square((mean - target[held]) / std)
+    linear, constant = in_spreads(design[held] @ weights), in_spreads(mean)
     per_step = error.mean(1)
     ranks = [rank_correlation(kind, per_step) for kind in u]
     alarm, truth = np.concatenate(done) > 0.5, t.terminal[held]
@@ -258,7 +276,7 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
         "rmse": float(np.sqrt(error.mean())),
         "rmse_linear": float(np.sqrt(linear.mean())),
         "rmse_constant": float(np.sqrt(constant.mean())),
-        "reward_rmse": float(np.sqrt(error[:, -1].mean())),
+        "reward_rmse": float(np.sqrt(error[:, -1].mean())) if varies[-1] else 0.0,
         "uncertainty_rank_correlation": dict(zip(KINDS, ranks, strict=True)),
         "share_at_variance_floor": float(np.mean(floor)),
         "rollout_rmse_by_depth": rollout_error(model, log, device),

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from ipd_ray.config import DataConfig
-from ipd_ray.data.transitions import ACTION_LIMIT, Log, Spec, Transitions, check, floored_std, prepare, reward_scale
+from ipd_ray.data.transitions import (
+    ACTION_LIMIT,
+    Log,
+    Spec,
+    Transitions,
+    check,
+    one_where_zero,
+    prepare,
+    reward_scale,
+    spread,
+)
 from ipd_ray.errors import UserError
 
 SPEC = Spec(
@@ -146,8 +156,24 @@ def test_content_hash_ignores_the_name_and_sees_a_changed_reward():
     assert two_episodes(reward=t.reward + np.float32(1e-3)).content_hash != t.content_hash
 
 
-def test_std_has_a_floor():
-    assert floored_std(np.array([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx([1.0, 1e-3])
+def test_each_column_has_its_own_spread_and_a_constant_one_has_none():
+    # A sensor a million times smaller than another is one; what float32 rounds at 5.0 is none.
+    values = np.array([[0.0, 1e-6, 5.0, 5.0], [2e3, 3e-6, 5.0, 5.0 + 5e-7]])
+    std = spread(values, np.abs(values).max(0))
+    assert std == pytest.approx([1e3, 1e-6, 0.0, 0.0])
+    assert one_where_zero(std) == pytest.approx([1e3, 1e-6, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_episode_that_terminates_is_trained_on(seed: int):
+    # Four episodes of one step, the third alone terminates; half are held out.
+    t = two_episodes()
+    columns = {name: np.zeros((4, 1), np.float32) for name in ("observation", "action", "next_observation")}
+    log = replace(
+        t, **columns, reward=np.arange(4, dtype=np.float32), terminal=np.arange(4) == 2, episode_start=np.arange(5)
+    )
+    held = prepare(log, DataConfig(holdout_fraction=0.5), seed).holdout_episode
+    assert held.sum() == 2 and not held[2]
 
 
 def test_check_passes_a_good_log():

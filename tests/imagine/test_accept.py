@@ -10,7 +10,7 @@ import pytest
 from method_fixtures import learned_pendulum, log_of, segments_of
 
 from ipd_ray.config import AcceptConfig, ImagineConfig, PlannerConfig, SelectConfig
-from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges
+from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, widened
 from ipd_ray.imagine.rollout import imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks
@@ -121,6 +121,12 @@ def test_ranges_take_in_the_last_observation():
     log = log_of([([[0.0, 5.0], [1.0, -2.0], [7.0, 1.0]], [[0.0], [0.0]], [3.0, -4.0], False)], reward_scale=2.0)
     low, high, reward_low, reward_high = step_ranges(log)
     assert (low.tolist(), high.tolist(), reward_low, reward_high) == ([0.0, -2.0], [7.0, 5.0], -8.0, 6.0)
+
+
+def test_a_range_is_widened_by_its_width_and_by_rounding():
+    low, high = widened(np.array([0.0, 100.0, -2.0]), np.array([10.0, 100.0, -2.0]), 0.1)
+    assert low == pytest.approx([-1.0, 100.0, -2.0], rel=2e-4) and high == pytest.approx([11.0, 100.0, -2.0], rel=2e-4)
+    assert (low[1:] < [100.0, -2.0]).all() and (high[1:] > [100.0, -2.0]).all()  # what is constant is inside
 
 
 def test_kappa_can_be_measured_where_the_planner_works():

@@ -50,7 +50,7 @@ def values_of(log: Any) -> ValueFunctions:
 
 
 def rollouts(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> Rollouts:
-    plain = {"uncertainty": "spread", "threshold": float("inf"), "seed": 0, "device": "cpu"}
+    plain = {"uncertainty": "spread", "threshold": float("inf"), "range_margin": 0.05, "seed": 0, "device": "cpu"}
     return Rollouts(log, options.pop("values", None) or values_of(log), world, config, **{**plain, **options})
 
 
@@ -172,7 +172,7 @@ def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
         update={"starts": 150, "length": 60, "rounds": 10, "discount": 0.97, "value_updates": 200}
     )
     threshold = float(np.quantile(learned.holdout_uncertainty[KINDS.index("spread")], 0.999))
-    known = {"uncertainty": "spread", "threshold": threshold, "seed": 0, "device": "cpu"}
+    known = {"uncertainty": "spread", "threshold": threshold, "range_margin": 0.05, "seed": 0, "device": "cpu"}
     learner = trainer(learned.world_model, learned.log, config, values=learned.values, threshold=threshold)
     for step in range(config.rounds):
         learner.update(step)

@@ -70,13 +70,17 @@ def test_a_segment_by_hand():
 
 def test_an_ended_row_keeps_its_state_and_earns_nothing():
     # From x = 0.9: 1.0, then 1.1, beyond the edge: that step counts, with its reward; nothing after it does.
-    segment = imagine(5, 0, length=5)
-    assert segment.observation[0, :, 0].tolist() == near(0.9, 1.0, 1.1, 1.1, 1.1, 1.1)
-    assert segment.reward[0].tolist() == near(1.0, 1.1, 0.0, 0.0, 0.0)
-    assert segment.terminal[0].tolist() == [False, True, False, False, False]
-    assert segment.value[0].tolist() == near(9.0, 10.0, 0.0, 0.0, 0.0, 0.0)
-    assert segment.uncertainty[0, 2:].tolist() == [0.0, 0.0, 0.0] and (segment.uncertainty[0, :2] > 0).all()
-    assert segment.observation[1, :, 0].tolist() == near(0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # its neighbour goes on
+    segment = imagine(5, 0, length=4)
+    assert segment.observation[0, :, 0].tolist() == near(0.9, 1.0, 1.1, 1.1, 1.1)
+    assert segment.reward[0].tolist() == near(1.0, 1.1, 0.0, 0.0)
+    assert segment.terminal[0].tolist() == [False, True, False, False]
+    assert segment.value[0].tolist() == near(9.0, 10.0, 0.0, 0.0, 0.0)
+    assert segment.uncertainty[0, 2:].tolist() == [0.0, 0.0] and (segment.uncertainty[0, :2] > 0).all()
+    assert segment.observation[1, :, 0].tolist() == near(0.0, 0.1, 0.2, 0.3, 0.4)  # its neighbour goes on
+
+
+def test_no_segment_is_longer_than_the_longest_episode():
+    assert imagine(0, length=200).length == 4
 
 
 def test_a_replay_takes_the_actions_of_the_log():

@@ -28,9 +28,16 @@ def noise() -> np.ndarray:
 def test_starts_are_at_least_a_segment_apart():
     # 200 / 5 = 40 starts fit at the very most; more are asked for.
     index = select(noise(), starts=200).index
-    assert np.diff(index).min() >= 5
+    apart = np.diff(index)[np.diff(LOG.transitions.episode[index]) == 0]
+    assert apart.min() >= 5
     # At a random order, car parking fills about three quarters.
     assert len(index) >= 22
+
+
+def test_a_start_takes_no_room_from_other_episodes():
+    # Segments longer than any episode: one start in each of four.
+    index = select(noise(), starts=200, length=300).index
+    assert LOG.transitions.episode[index].tolist() == [0, 1, 2, 3]
 
 
 def test_no_episode_holds_more_than_its_cap():

@@ -157,3 +157,7 @@ def test_rank_correlation_by_hand():
     # ranks 0 1 2 3 against 1 0 3 2: 1 - 6 * 4 / (4 * 15) = 0.6
     assert rank_correlation(np.array([1, 2, 3, 4]), np.array([2, 1, 4, 3])) == pytest.approx(0.6)
     assert rank_correlation(np.array([1, 2, 3]), np.array([5, 5, 5])) == 0.0
+    # Equal values share their mean rank: 1, 2.5, 2.5, 4 against 2.5, 1, 2.5 (of 2, 3), 4.
+    a, b = np.array([0.0, 1.0, 1.0, 2.0]), np.array([1.0, 0.0, 1.0, 2.0])
+    expected = np.corrcoef([1, 2.5, 2.5, 4], [2.5, 1, 2.5, 4])[0, 1]
+    assert rank_correlation(a, b) == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -143,6 +144,42 @@ def test_roll_outs_stay_far_better_than_standing_still():
     depth = learned()[2]["rollout_rmse_by_depth"]
     assert len(depth["model"]) >= 5
     assert depth["model"][4] < 0.4 * depth["still"][4]
+
+
+def test_scales_far_apart_and_what_never_changes_are_learned_as_well(tmp_path: Path):
+    # The same points with x a millionth of its size and rewards a thousand times theirs, beside 5 everywhere.
+    t = learned()[0].transitions
+    last = t.episode_start[1:] - 1
+
+    def seen(e: int) -> np.ndarray:
+        steps = slice(t.episode_start[e], t.episode_start[e + 1])
+        s = np.concatenate([t.observation[steps], t.next_observation[[last[e]]]])
+        return np.stack([1e-6 * s[:, 0], s[:, 1], np.full(len(s), 5.0)], 1)
+
+    episodes: list[Episode] = [
+        (seen(e), t.action[t.episode == e], 1e3 * t.reward[t.episode == e], bool(t.terminal[last[e]]))
+        for e in range(t.episodes)
+    ]
+    log = log_of(episodes, discount=0.9, holdout=range(0, 60, 4))
+    model, shown, _ = fit(log, tmp_path)
+    assert 0.8 < shown["rmse_constant"] < 1.2
+    assert shown["rmse"] < 1.15 * learned()[2]["rmse"]
+    s = torch.tensor([[1e-7, 0.2, 5.0]])
+    for _ in range(50):
+        s, *_, (mean, _) = model.step_together(s, torch.tensor([[0.1]]))
+    assert s[0, 2] == 5.0 and mean.shape[-1] == 3  # x, v, r
+
+
+def test_without_an_end_to_learn_from_none_is_made_up(tmp_path: Path):
+    # The one episode that terminates is held out.
+    log = learned()[0]
+    t = log.transitions
+    first = int(np.flatnonzero(t.terminal & log.holdout)[0])
+    alone = replace(log, transitions=replace(t, terminal=np.arange(len(t)) == first))
+    model, shown, _ = fit(alone, tmp_path, max_updates=20, eval_every=20)
+    assert shown["termination"] == {"true": 1, "found": 0, "false_alarms": 0, "steps": len(log.holdout_steps)}
+    _, _, ended, _ = model.step_together(torch.tensor([[9.0, 9.0]]), torch.zeros(1, 1))
+    assert ended.item() == 0.0
 
 
 def test_a_log_without_an_end_never_ends(tmp_path: Path):
