@@ -43,6 +43,18 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 Objective = Literal["return", "imagined", "fitted_q"]
 Point = dict[str, Any]
 """{dotted name: value} of the swept fields."""
+_MEASURES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "fitted_q": (
+        "the discounted value on held-out episodes", ("data.discount", "data.holdout_fraction", "fitted_q.updates"),
+    ),
+    "imagined": (
+        "the return inside the trial's own world model, as step `choose` plays it",
+        ("data.holdout_fraction", "world_model.", "imagine.uncertainty", "accept.range_margin", "choose.episodes",
+         "choose.length", "choose.noise_std", "choose.known"),
+    ),
+}
+"""What the measures without an environment are, and the fields, or sections, that change more than the policy. Both are
+in raw reward units, whatever data.reward_transform is, and the imagined return is not discounted."""
 
 
 class Range(Section):
@@ -81,7 +93,7 @@ class Question(Section):
     objective: Literal["auto", "return", "imagined", "fitted_q"] = "auto"
     """What is maximised. return: mean return of evaluation; fitted_q: value on held-out episodes, a proxy that needs no
     environment; imagined: return inside the world model, another one; auto: return where there is an environment, else
-    fitted_q."""
+    fitted_q. What changes the measure itself is not swept with it, such as data.discount with fitted_q."""
     also: tuple[Objective, ...] = ()
     """Measured beside it, to see how well they rank."""
     finalists: int = 3
@@ -323,6 +335,27 @@ def _corners(question: Question) -> Iterator[Point]:
             yield {**first, name: value}
 
 
+def check_comparable(question: Question, *, scheduled: bool) -> None:
+    """Raise UserError where a swept field changes a measure itself: then it compares no trials.
+
+    question: with its objective decided. scheduled: the scheduler compares trials by `imagined` too.
+    """
+    changed = {m: [n for n in question.space if n.startswith(fields)] for m, (_, fields) in _MEASURES.items()}
+    objectives = ["return (in an environment)", *(measure for measure, names in changed.items() if not names)]
+    uses: dict[str, str] = {measure: f"leave {measure} out of also" for measure in question.also}
+    if scheduled:
+        uses["imagined"] = "set scheduler: none"
+    uses[question.objective] = f"set objective: {' or '.join(objectives)}"
+    for measure, remedy in uses.items():
+        for name in changed.get(measure, ()):
+            values = question.space[name]
+            shown = f"{{low: {values.low:g}, high: {values.high:g}}}" if isinstance(values, Range) else list(values)
+            raise UserError(
+                f"space.{name}={shown} changes what {measure} measures, {_MEASURES[measure][0]}, so that trials cannot "
+                f"be compared by it: take {name} out of space, or {remedy}."
+            )
+
+
 # ---- the ledger
 
 
@@ -371,21 +404,25 @@ def trial_name(point: int, seed: int, fresh: bool = False) -> str:
     return f"{point:03d}-seed{seed}" + "-fresh" * fresh
 
 
-def measures(run: RunFolder) -> dict[str, tuple[float, float]]:
-    """Return what a run's policy is worth, mean and standard error over episodes, by every measure that was taken."""
+def measures(run: RunFolder) -> dict[str, tuple[float, float | None]]:
+    """Return what a run's policy is worth, mean and standard error over episodes, by every measure that was taken.
+
+    One episode has no standard error.
+    """
     from ipd_ray.artifacts import Artifact
 
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, tuple[float, float | None]] = {}
     parts = {name: Artifact(link["path"]) for name, link in run.links.items()}
     there = {name: artifact.diagnostics for name, artifact in parts.items() if artifact.folder.exists(ARTIFACT)}
     if scored := there.get("evaluate"):
         returns = scored["returns"]
-        found["return"] = scored["return_mean"], float(np.std(returns) / math.sqrt(len(returns)))
+        sem = float(np.std(returns) / math.sqrt(len(returns)))
+        found["return"] = scored["return_mean"], sem if len(returns) > 1 else None
     if chosen := there.get("choose"):
         kept = next(c for c in chosen["candidates"] if all(c[k] == chosen[k] for k in ("variant", "step")))
         found["imagined"] = kept["return_mean"], kept["return_sem"]
     if offline := there.get("fitted_q"):
-        found["fitted_q"] = offline["value_mean"], offline["value_sem"]
+        found["fitted_q"] = offline["value_mean"], offline["value_sem"] if offline["episodes"] > 1 else None
     return found
 
 
@@ -452,7 +489,8 @@ def _row(records: Sequence[Mapping[str, Any]], seeds: int, again: Sequence[Mappi
     scored = [r for r in records if r.get("score") is not None]
     mean, half, over = math.nan, math.nan, "seeds" if seeds > 1 else "episodes"
     if scored:
-        mean, half, over = interval([r["score"] for r in scored], [r.get("sem") or math.nan for r in scored])
+        sems = [math.nan if r.get("sem") is None else r["sem"] for r in scored]
+        mean, half, over = interval([r["score"] for r in scored], sems)
     shares = [r["accepted"] for r in scored if r.get("accepted") is not None]
     names = dict.fromkeys(name for r in scored for name in r.get("also") or {})
     also = {name: statistics.fmean(r["also"][name] for r in scored if name in (r.get("also") or {})) for name in names}
@@ -465,11 +503,12 @@ def _row(records: Sequence[Mapping[str, Any]], seeds: int, again: Sequence[Mappi
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """The points that ended whole, best first: by the lower bound on fresh seeds, then by the lower bound."""
+    """The points that ended whole, best first: by the lower bound on fresh seeds, then by the lower bound, then by the
+    mean."""
 
-    def standing(row: Row) -> tuple[bool, float]:
+    def standing(row: Row) -> tuple[bool, float, float]:
         fresh = row.fresh if row.fresh and row.fresh.state == "done" else None
-        return fresh is not None, (fresh or row).lower
+        return fresh is not None, (fresh or row).lower, (fresh or row).mean
 
     return sorted((r for r in rows if r.state == "done"), key=standing, reverse=True)
 

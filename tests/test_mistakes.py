@@ -200,7 +200,10 @@ def _raise(error: Exception) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("number", "part"),
-    [(errno.ENOSPC, "no space is left"), (errno.EACCES, "no permission"), (errno.EROFS, "no permission")],
+    [
+        (errno.ENOSPC, "no space is left"), (errno.EACCES, "no permission"), (errno.EROFS, "no permission"),
+        (errno.ENOTSUP, "cannot do what a run needs"), (errno.ENOSYS, "cannot do what a run needs"),
+    ],
 )
 def test_a_disk_that_fails_on_the_way(monkeypatch: pytest.MonkeyPatch, number: int, part: str) -> None:
     monkeypatch.setattr(ipd_ray.api, "run_until", _raise(OSError(number, "as the kernel says it", "store/values")))

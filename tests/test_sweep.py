@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from ipd_ray.sweep import (
     Range,
     Sweep,
     Tpe,
+    check_comparable,
     check_points,
     common_settings,
     interval,
     known_points,
+    measures,
     points_at_most,
     rank_agreement,
     ranked,
@@ -86,6 +89,41 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, said: str) -> None:
 def test_a_point_that_no_run_would_take_is_refused_before_any_work(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_points(question(tmp_path, text), {})
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"space": {"data.discount": (0.9, 0.99)}, "objective": "fitted_q"},
+     r"space.data.discount=\[0.9, 0.99\] changes what fitted_q measures, the discounted value .*: take data.discount "
+     r"out of space, or set objective: return \(in an environment\) or imagined\."),
+    ({"space": {"data.discount": Range(low=0.9, high=0.99)}, "sampler": "random", "points": 2, "also": ("fitted_q",)},
+     r"data.discount=\{low: 0.9, high: 0.99\}.*or leave fitted_q out of also\."),
+    ({"space": {"distill.eta": (0.0, 0.1), "fitted_q.updates": (0, 9)}, "objective": "fitted_q"}, "fitted_q.updates="),
+    ({"space": {"data.holdout_fraction": (0.1, 0.2)}, "objective": "imagined"},
+     r"or set objective: return \(in an environment\)\.$"),
+    *(({"space": {name: (1, 2)}, "objective": "imagined"}, rf"take {name} out .* or fitted_q\.$") for name in (
+        "choose.episodes", "choose.length", "choose.noise_std", "choose.known", "world_model.members",
+        "imagine.uncertainty", "accept.range_margin",
+    )),
+])
+def test_a_field_that_changes_the_measure_itself_is_not_swept(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_comparable(Question(**asked), scheduled=False)
+
+
+def test_what_leaves_the_measure_alone_is_swept() -> None:
+    """All are in raw reward units, the imagined return is not discounted, and these of `choose` decide what is kept."""
+    both = {"data.reward_transform": ("range", "std"), "values.expectile": (0.7, 0.9), "choose.tolerance": (0.0, 2.0),
+            "choose.without_imagination": (True, False), "imagine.length": (5, 10)}
+    check_comparable(Question(space=both, objective="fitted_q", also=("imagined",)), scheduled=True)
+    check_comparable(Question(space={"data.discount": (0.9, 0.99)}, objective="imagined"), scheduled=True)
+    check_comparable(Question(space={"data.discount": (0.9, 0.99), "choose.length": (1, 2)}), scheduled=False)
+
+
+def test_a_scheduler_that_compares_inside_the_world_model_needs_one_measure_too() -> None:
+    asked = Question(space={"choose.length": (100, 200)}, objective="fitted_q", scheduler="asha")
+    check_comparable(asked, scheduled=False)
+    with pytest.raises(UserError, match=r"choose.length=\[100, 200\] changes what imagined.*or set scheduler: none\."):
+        check_comparable(asked, scheduled=True)
 
 
 def test_layers_win_in_order_and_a_swept_field_is_not_overridden(tmp_path: Path) -> None:
@@ -183,6 +221,27 @@ def test_a_lucky_seed_does_not_win() -> None:
     steady = [record(1, s, v) for s, v in enumerate((66.0, 67.0, 68.0))]
     rows = rows_of([*lucky, *steady], seeds=3)
     assert rows[0].mean > rows[1].mean and [r.point for r in ranked(rows)] == [1, 0]
+
+
+def test_a_point_whose_episodes_all_return_the_same_is_certain() -> None:
+    """Its standard error is 0, its lower bound the score itself: 5 against 5.5 - 1.96."""
+    rows = rows_of([record(0, 0, 5.5), record(1, 0, 5.0, sem=0.0)], seeds=1)
+    assert rows[1].half == 0.0 and rows[1].lower == 5.0 and [r.point for r in ranked(rows)] == [1, 0]
+
+
+def test_one_episode_has_no_standard_error(tmp_path: Path) -> None:
+    scores = {"evaluate": {"return_mean": 7.0, "returns": [7.0]},
+              "fitted_q": {"value_mean": 3.0, "value_sem": 0.0, "episodes": 1}}
+    run: Any = SimpleNamespace(links={name: {"path": str(tmp_path / name)} for name in scores})
+    for name, found in scores.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "artifact.json").write_text(json.dumps({"schema": 1, "diagnostics": found}))
+    assert measures(run) == {"return": (7.0, None), "fitted_q": (3.0, None)}
+
+
+def test_one_episode_has_no_interval_and_is_ranked_by_its_score() -> None:
+    rows = rows_of([record(p, 0, score, sem=None) for p, score in enumerate((5.0, 7.0, 6.0))], seeds=1)
+    assert all(math.isnan(row.half) for row in rows) and [r.point for r in ranked(rows)] == [1, 2, 0]
 
 
 def test_finalists_are_ranked_by_their_fresh_scores() -> None:

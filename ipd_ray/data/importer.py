@@ -16,8 +16,11 @@ Rows are in order of time, episode after episode. An episode ends at a terminal,
 the last row. npz: one array a field. Parquet: one row a step; a vector is a list, a tensor, or numbered columns
 (observations_0, observations_1, ...). HDF5: one dataset a field, as D4RL has it.
 
-Without next_observations nobody knows what the last action of an episode led to. A truncated episode then loses its
-last step, as in D4RL's own reader; a terminated one keeps it, and its last observation is repeated.
+Without next_observations nobody knows what the last action of an episode led to, and nothing is made up: the last
+observation becomes what the action before it led to, and each episode is a step shorter. A truncated one loses its
+last reward too, as in D4RL's own reader: V of the last observation stands for it. A terminated one ends a step early,
+and the last reward is added to the one before, undiscounted, so that its return stays the same. An episode of a single
+step is dropped.
 """
 
 from __future__ import annotations
@@ -422,7 +425,7 @@ def _bounds(
 def _episodes(
     file: str, log: dict[str, Array], notes: list[str]
 ) -> tuple[list[Array], list[Array], list[Array], list[bool]]:
-    """Cut the rows into episodes of T + 1 observations."""
+    """Cut the rows into episodes of T + 1 observations, each of them logged."""
     rows, terminals = len(log["rewards"]), log["terminals"]
     ends = terminals.copy()
     if "timeouts" in log:
@@ -445,38 +448,44 @@ def _episodes(
     rewards: list[Array] = []
     terminated: list[bool] = []
     after = log.get("next_observations")
-    repeated = cut = dropped = jumps = 0
+    merged = cut = dropped = jumps = 0
     for start, stop in zip(np.concatenate([[0], stops[:-1]]), stops, strict=True):
         done = bool(terminals[stop - 1])
-        seen = log["observations"][start:stop]
+        seen, earned = log["observations"][start:stop], log["rewards"][start:stop]
         if after is not None:
             close = np.isclose(seen[1:], after[start : stop - 1], rtol=1e-3, atol=1e-4)
             jumps += int((~close).any(tuple(range(1, close.ndim))).sum())
             seen = np.concatenate([seen, after[stop - 1 : stop]])
-        elif done:
-            repeated += 1
-            seen = np.concatenate([seen, seen[-1:]])
-        else:
-            cut += 1
-            stop -= 1
-        if stop == start:
+        elif stop - start == 1:
             dropped += 1
             continue
+        else:
+            stop -= 1
+            merged, cut = merged + done, cut + (not done)
+            earned = np.append(earned[:-2], earned[-2:].sum()) if done else earned[:-1]
         observations.append(seen)
         actions.append(log["actions"][start:stop])
-        rewards.append(log["rewards"][start:stop])
+        rewards.append(earned)
         terminated.append(done)
-    if repeated:
-        notes.append(f"{repeated} terminated episodes lack next_observations; their last observation is repeated.")
+    if merged:
+        notes.append(
+            f"{merged} terminated episodes lack next_observations, and what their last action led to is not known: "
+            f"{merged} last steps are merged into the ones before, which now terminate, rewards added undiscounted."
+        )
     if cut:
-        notes.append(f"{cut} truncated episodes lack next_observations; their last step is left out.")
+        notes.append(f"{cut} truncated episodes lack next_observations; their last step is left out, with its reward.")
     if dropped:
-        notes.append(f"{dropped} of {len(stops)} episodes have no step left and are dropped.")
+        notes.append(
+            f"{dropped} of {len(stops)} episodes are a single step, lack next_observations, and are dropped."
+        )
     if jumps:
         notes.append(
             f"in {jumps} of {rows} rows next_observations differ from the following row's observations: check that "
             "rows are in order and that every episode end is marked; the following row's are used."
         )
     if not rewards:
-        raise UserError(f"{file}: no episode has a step left: add next_observations, or mark fewer episode ends.")
+        raise UserError(
+            f"{file}: all {len(stops)} episodes are a single step without next_observations: add these, or mark fewer "
+            "episode ends."
+        )
     return observations, actions, rewards, terminated

@@ -54,6 +54,7 @@ from ipd_ray.sweep import (
     Question,
     Row,
     Sweep,
+    check_comparable,
     check_points,
     known_points,
     measures,
@@ -146,7 +147,7 @@ def _check_folder(folder: Sweep, resume: bool) -> None:
 
 
 def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Question:
-    """The question with its objective. Raises UserError for one that cannot be had."""
+    """The question with its objective. Raises UserError for one that cannot be had, or compares no trials."""
     try:
         environment_maker(transitions.spec, base.evaluate.environment)
         missing = None
@@ -158,8 +159,7 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
     wanted = {objective, *question.also}
     if "return" in wanted and missing:
         raise UserError(f"objective: return needs an environment: {missing}. Or set objective: fitted_q, a proxy.")
-    swept = [name for name in ("choose.episodes",) if name in question.space]
-    if "imagined" in wanted and (base.choose.episodes == 0 or swept):
+    if "imagined" in wanted and base.choose.episodes == 0:
         raise UserError("objective: imagined is the return that step `choose` measures: set choose.episodes above 0.")
     if question.scheduler == "asha":
         fixed = [n for n in ("distill.updates", "distill.snapshots") if n in question.space]
@@ -179,7 +179,9 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
                 "choose.episodes above 0, so that every trial has one."
             )
     also = tuple(m for m in question.also if m != objective)
-    return question.model_copy(update={"objective": objective, "also": also})
+    question = question.model_copy(update={"objective": objective, "also": also})
+    check_comparable(question, scheduled=question.scheduler == "asha" and missing is not None)
+    return question
 
 
 def _same_sweep(
@@ -267,7 +269,8 @@ class _Work:
         which fail by themselves, or do not."""
         fronts: dict[tuple[str, ...], tuple[RunConfig, str]] = {}
         for config, until in self._fronts():
-            keys = tuple(part.key for part in Parts(config, self._transitions.content_hash).until(until))
+            parts = Parts(config, self._transitions.content_hash, self._transitions.spec)
+            keys = tuple(part.key for part in parts.until(until))
             fronts.setdefault(keys, (config, until))
         made: set[str] = set()
         for number, (keys, (config, until)) in enumerate(sorted(fronts.items(), key=lambda item: -len(item[0]))):
@@ -414,7 +417,7 @@ _ORDER = ("values", "world_model", "imagine")
 
 def _last_shared(config: RunConfig, transitions: Transitions) -> str:
     """The last step before distillation that a run needs."""
-    steps = {part.step for part in Parts(config, transitions.content_hash).until("evaluate")}
+    steps = {part.step for part in Parts(config, transitions.content_hash, transitions.spec).until("evaluate")}
     return next(step for step in reversed(_ORDER) if step in steps)
 
 
@@ -628,6 +631,6 @@ class _Rungs(_Heard):
             threshold = float(np.quantile(holdout_uncertainty(world_model, kind), config.choose.known))
             returns, *_ = imagined_returns(
                 policy, job.log.load(), world_model_of(world_model, device), config.choose, uncertainty=kind,
-                threshold=threshold, seed=config.seed, device=device,
+                threshold=threshold, range_margin=config.accept.range_margin, seed=config.seed, device=device,
             )
             return float(returns.mean())

@@ -127,10 +127,10 @@ def record(policy: str, environment: str | None, seed: int, max_steps: int | Non
 
     acting = Policy.load(policy, device="cpu")
     try:
-        make = environment_maker(acting.spec, environment)
+        make = environment_maker(acting.spec, environment, max_steps)
     except NoEnvironment as error:
         return str(error)
-    env = make(render_mode="rgb_array", **({} if max_steps is None else {"max_episode_steps": max_steps}))
+    env = make(render_mode="rgb_array")
     try:
         observation, _ = env.reset(seed=seed)
         acting.reset()

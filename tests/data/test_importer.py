@@ -58,20 +58,35 @@ def equal(a: ImportedLog, b: ImportedLog) -> bool:
 # ---- what a log becomes
 
 
-def test_without_next_observations_a_truncated_episode_loses_its_last_step(tmp_path: Path):
+def test_without_next_observations_every_observation_is_a_logged_one(tmp_path: Path):
     log = read(npz(tmp_path), **BOUNDS)
-    assert [len(r) for r in log.rewards] == [3, 2, 1]
     assert log.terminated == [True, False, False]
-    assert log.observations[1].tolist() == [[6, 7], [8, 9], [10, 11]]
-    assert log.observations[0].tolist() == [[0, 1], [2, 3], [4, 5], [4, 5]]  # the last one is repeated
-    assert "1 terminated episodes lack next_observations" in " ".join(log.warnings)
-    assert "2 truncated episodes lack next_observations" in " ".join(log.warnings)
+    assert [o.tolist() for o in log.observations] == [
+        [[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]], [[12, 13], [14, 15]],
+    ]
+    # terminated: 1, 2 + 4, the return stays 7; truncated: 8, 16 and 64 without the last steps' 32 and 128
+    assert [r.tolist() for r in log.rewards] == [[1, 6], [8, 16], [64]]
+    assert [a.tolist() for a in log.actions] == [rows()["actions"][part].tolist() for part in np.s_[0:2, 3:5, 6:7]]
+    said = " ".join(log.warnings)
+    assert "1 last steps are merged into the ones before, which now terminate, rewards added undiscounted" in said
+    assert "2 truncated episodes lack next_observations; their last step is left out" in said
+
+
+def test_without_next_observations_a_single_step_is_dropped_with_a_word(tmp_path: Path):
+    # episodes: row 0 alone, terminated; 1-2, terminated; 3-5; 6-7
+    log = read(npz(tmp_path, terminals=np.array([1, 0, 1, 0, 0, 0, 0, 0], bool)), **BOUNDS)
+    assert [r.tolist() for r in log.rewards] == [[6], [8, 16], [64]] and log.terminated == [True, False, False]
+    assert "1 of 4 episodes are a single step, lack next_observations, and are dropped" in " ".join(log.warnings)
+    assert "1 last steps are merged" in " ".join(log.warnings)
+    with pytest.raises(UserError, match="all 8 episodes are a single step"):
+        read(npz(tmp_path, terminals=np.ones(8, bool)), **BOUNDS)
 
 
 def test_with_next_observations_nothing_is_lost(tmp_path: Path):
     log = read(npz(tmp_path, next_observations=following(rows()["observations"])), **BOUNDS)
     assert [len(r) for r in log.rewards] == [3, 3, 2]
-    assert log.observations[0][-1].tolist() == [6, 7]
+    assert log.observations[0][-1].tolist() == [6, 7] and log.rewards[0].tolist() == [1, 2, 4]
+    assert not any("lack next_observations" in note for note in log.warnings)
 
 
 def test_termination_wins_over_a_timeout(tmp_path: Path):
@@ -81,7 +96,7 @@ def test_termination_wins_over_a_timeout(tmp_path: Path):
 
 def test_episode_ids_mark_ends(tmp_path: Path):
     log = read(npz(tmp_path, timeouts=None, episode_ids=np.array(list("aaabbbcc"))), **BOUNDS)
-    assert [len(r) for r in log.rewards] == [3, 2, 1]
+    assert [len(r) for r in log.rewards] == [2, 2, 1]
     assert not any("has no end" in note for note in log.warnings)
 
 
@@ -99,8 +114,8 @@ def test_rows_out_of_order_are_reported(tmp_path: Path):
 
 def test_numbers_need_no_second_dimension(tmp_path: Path):
     log = read(npz(tmp_path, observations=np.arange(8), actions=np.linspace(-1, 1, 8)), **BOUNDS)
-    assert log.observations[0].shape == (4, 1) and log.observations[0].dtype == np.float32
-    assert log.actions[0].shape == (3, 1)
+    assert log.observations[0].shape == (3, 1) and log.observations[0].dtype == np.float32
+    assert log.actions[0].shape == (2, 1)
 
 
 # ---- preview and write
@@ -121,11 +136,11 @@ def test_what_is_written_is_a_minari_dataset_that_loads(tmp_path: Path):
     log = read(npz(tmp_path), **BOUNDS)
     assert write(log, "my/log-v0", ref_min_score=0.0, ref_max_score=200.0) == "my/log-v0"
     t = load("my/log-v0")
-    assert t.episode_length.tolist() == [3, 2, 1] and t.terminal.tolist() == [False, False, True, False, False, False]
-    assert t.reward.tolist() == [1, 2, 4, 8, 16, 64]
+    assert t.episode_length.tolist() == [2, 2, 1] and t.terminal.tolist() == [False, True, False, False, False]
+    assert t.reward.tolist() == [1, 6, 8, 16, 64]
     assert t.action[0] == pytest.approx([-0.5])  # -1 of [-2, 2]
     assert t.spec.normalise(100.0) == 50.0 and t.spec.env_spec is None
-    assert minari.load_dataset("my/log-v0").total_steps == 6
+    assert minari.load_dataset("my/log-v0").total_steps == 5
 
 
 def test_a_dataset_is_not_written_over(tmp_path: Path):
@@ -237,12 +252,16 @@ def test_a_folder_of_parquet_parts_is_one_log(tmp_path: Path):
     assert equal(read(parts, **BOUNDS), read(npz(tmp_path, actions=columns["actions"].astype(float)), **BOUNDS))
 
 
-def test_d4rls_hdf5(tmp_path: Path):
+@pytest.mark.parametrize("after", [None, following(rows()["observations"])], ids=["without", "with next_observations"])
+def test_d4rls_hdf5(after: Any, tmp_path: Path):
     with h5py.File(tmp_path / "d4rl.hdf5", "w") as file:
-        for name, column in rows().items():
+        for name, column in rows(next_observations=after).items():
             file[name] = column
         file["infos/qpos"] = np.zeros((8, 3))
-    assert equal(read(tmp_path / "d4rl.hdf5", **BOUNDS), read(npz(tmp_path), **BOUNDS))
+    log = read(tmp_path / "d4rl.hdf5", **BOUNDS)
+    assert equal(log, read(npz(tmp_path, next_observations=after), **BOUNDS))
+    assert log.terminated == [True, False, False]
+    assert [len(r) for r in log.rewards] == ([2, 2, 1] if after is None else [3, 3, 2])
 
 
 def test_names_are_mapped(tmp_path: Path):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,25 @@ def test_a_sweep_that_ended_is_resumed_at_once_and_not_begun_anew_by_mistake(don
     again = swept(question, folder, resume=True)
     assert again["seconds"] < answer["seconds"] and again["shared"] and all(p["reused"] for p in again["shared"])
     assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
+
+
+def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(UserError, match=r"data\.discount=\[0\.9, 0\.99\] changes what fitted_q measures"):
+        swept(Question(space={"data.discount": (0.9, 0.99)}, objective="fitted_q"), tmp_path / "sweep")
+    assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({"space": {"data.discount": (0.9, 0.99)}}, "changes what fitted_q measures"),
+    ({"space": {"choose.length": (10, 20)}, "scheduler": "asha"}, r"changes what imagined .*scheduler: none"),
+])
+def test_without_an_environment_the_measures_that_are_taken_instead_are_looked_at(asked: dict[str, Any], said: str):
+    from ipd_ray.checks import NO_SPEC
+    from ipd_ray.distributed.sweep import _decided
+
+    log: Any = SimpleNamespace(spec=NO_SPEC)
+    with pytest.raises(UserError, match=said):
+        _decided(Question(**asked), build({}), log)
 
 
 def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):

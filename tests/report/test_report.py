@@ -384,6 +384,12 @@ def test_an_environment_that_may_crash_is_filmed_in_a_process_of_its_own(tmp_pat
     assert found.steps == [0, 1, 2, 3, 4, 5]
 
 
+def test_max_steps_ends_the_film_of_a_users_own_environment(tmp_path):
+    found = record_or_reason(write_policy(tmp_path / "policy"), "gymnasium.envs.classic_control:PendulumEnv", 3, 5)
+    assert isinstance(found, Film), found
+    assert (found.length, found.whole) == (5, True)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "–"), (float("nan"), "–"), (-1234.5, "−1,234"), (0.12345, "0.123"), (20.0, "20"),
