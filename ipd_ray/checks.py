@@ -205,7 +205,7 @@ def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
 
 
 def explain_os_error(error: OSError) -> str | None:
-    """Return what a user can do about a full disk or a missing permission; None for other errors."""
+    """Return what a user can do about a place that cannot be written; None for other errors."""
     what = error.filename or "the disk"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
@@ -216,6 +216,11 @@ def explain_os_error(error: OSError) -> str | None:
         return (
             f"no permission to write {what}: choose a place of your own with --run-dir, and runtime.store=FOLDER for "
             "what runs share."
+        )
+    if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS) and error.filename:
+        return (
+            f"the file system of {what} cannot do what a run needs there ({error.strerror}): choose a place on another "
+            "one with --run-dir, and runtime.store=FOLDER for what runs share."
         )
     if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EEXIST) and error.filename:
         return f"{what} cannot be written ({error.strerror}): choose another --run-dir or runtime.store."

@@ -723,10 +723,11 @@ def store_prune(
 
     What a live process works on stays. A run that needs a deleted artifact again computes it again.
     """
-    from ipd_ray.runs import delete, human_bytes, list_store, prunable
+    from ipd_ray.runs import human_bytes, list_store, prunable, prune
     from ipd_ray.storage import Folder
 
-    items = prunable(list_store(store or Folder.of(runs_dir) / "store", runs_dir))
+    place = store or Folder.of(runs_dir) / "store"
+    items = prunable(list_store(place, runs_dir))
     if not items:
         _print("nothing to prune")
         return
@@ -737,9 +738,9 @@ def store_prune(
         _print(f"\n{size} would be freed; nothing was deleted")
         return
     _confirm(f"delete these, {size}?", yes)
-    for item in items:
-        delete(item)
-    _print(f"freed {size}")
+    freed = prune(items, place, runs_dir)
+    kept = f"; the other {len(items) - len(freed)} are in use or gone by now" if len(freed) < len(items) else ""
+    _print(f"freed {human_bytes(sum(i.bytes for i in freed))}{kept}")
 
 
 @app.command("report")

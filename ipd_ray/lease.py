@@ -9,16 +9,19 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ipd_ray.storage import Folder
+from ipd_ray.storage import LOST, Folder
 
 
 class Lease:
     """Ownership of a folder: a file with host, process and token, renewed while held.
 
-    Free when older than EXPIRES, or at once when its process is dead on this host.
+    Free when older than EXPIRES, or at once when its process is dead on this host. The owner is whose token the file
+    holds. Who finds another's at a renewal, after a stall that outlasted its lease, is refused what it writes to the
+    folder from then on (`LOST`).
     """
 
     RENEW = 10.0
@@ -26,6 +29,8 @@ class Lease:
     SETTLE = 1.0
     """Seconds after which two that write to an object store at once both see the later one's file."""
     FILE = "lease.json"
+    TAKEOVER = ".lease.takeover"
+    """Held by the one that takes a free lease over, on a file system; written like FILE, and free like it."""
 
     def __init__(self, place: str | Path | Folder):
         self._folder = Folder.of(place)
@@ -35,48 +40,91 @@ class Lease:
 
     def acquire(self) -> dict[str, Any] | None:
         """Take the lease; return None, or who holds it."""
-        try:
-            self._create()
-        except FileExistsError:
-            owner = self._read()
-            if owner is not None and not self._free(owner):
-                return owner
-            if (owner := self._overwrite()) is not None:
-                return owner
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
-        return None
+        if (owner := self._take()) is None:
+            self._thread = threading.Thread(target=self._renew, daemon=True)
+            self._thread.start()
+        return owner
 
     def release(self) -> None:
         """Give the lease back."""
         self._stop.set()
         if self._thread:
             self._thread.join()
-        owner = self._read()
-        if owner and owner["token"] == self._token:
+            LOST.pop(self._folder.uri, None)
+        if self._read(self.FILE)[1]["token"] == self._token:
             self._folder.remove_file(self.FILE)
 
-    def _create(self) -> None:
-        """Make the file, whole at once. Raises FileExistsError."""
-        if self._folder.remote:  # no exclusive writes there
-            if self._folder.exists(self.FILE) or self._overwrite() is not None:
+    def _take(self) -> dict[str, Any] | None:
+        """Make the file, or replace a free one; return None, or who holds it.
+
+        On a file system one process at a time replaces it, and only what it judged: one that judged before another's
+        takeover finds that one's file. Moving a free file away and making a new one would not do: who is late moves a
+        held one, and a third makes its own before that is back.
+        """
+        while True:
+            if not self._folder.remote:
+                self._folder.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self._create(self.FILE)
+                return None
+            except FileExistsError:
+                text, owner = self._read(self.FILE)
+            if text is None:  # given back just now
+                continue
+            if not self._free(owner):
+                return owner
+            if self._folder.remote:
+                return self._overwrite()
+            try:
+                self._create(self.TAKEOVER)
+            except FileExistsError:
+                other, owner = self._read(self.TAKEOVER)
+                if other is not None and not self._free(owner):
+                    return owner
+                if other is not None:  # it died while it took over
+                    self._folder.remove_file(self.TAKEOVER)
+                continue
+            try:
+                if self._folder.read_text(self.FILE) == text:
+                    self._folder.write_text(self.FILE, self._content())
+                    return None
+            finally:
+                self._folder.remove_file(self.TAKEOVER)
+
+    def _create(self, name: str) -> None:
+        """Make a file that is not there, in a folder that is. Raises FileExistsError.
+
+        By a hard link, whole at once. Many mounts (SMB, object stores through FUSE) have none; readers may see an empty
+        file there for a moment.
+        """
+        if self._folder.remote:
+            if self._folder.exists(name) or self._overwrite() is not None:
                 raise FileExistsError
             return
-        file = self._folder.path / self.FILE
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file = self._folder.path / name
         temporary = file.with_name(f".lease.{self._token}")
         try:
             temporary.write_text(self._content())
-            os.link(temporary, file)
+            try:
+                os.link(temporary, file)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links: EPERM, ENOTSUP, ENOSYS, ...; whatever else is wrong is so for this, too
+                file.open("x").close()
+                os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _overwrite(self) -> dict[str, Any] | None:
-        """Write over a free lease; return None, or who did so at the same time: the later write wins."""
+        """Write over a free lease in an object store; return None, or who did so at the same time.
+
+        The later write wins. pyarrow has no conditional writes: two own the folder if one judges the lease and then
+        takes longer than SETTLE to write, until the next renewal of the earlier one.
+        """
         self._folder.write_text(self.FILE, self._content())
-        time.sleep(self.SETTLE if self._folder.remote else 0.05)
-        owner = self._read()
-        return None if owner is not None and owner["token"] == self._token else owner or {}
+        time.sleep(self.SETTLE)
+        owner = self._read(self.FILE)[1]
+        return None if owner["token"] == self._token else owner
 
     def _content(self) -> str:
         return json.dumps(
@@ -89,11 +137,19 @@ class Lease:
             }
         )
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, name: str) -> tuple[str | None, dict[str, Any]]:
+        """Return a file's text, None where there is none, and the owner that it names.
+
+        One that cannot be read is damaged or just being made: it has an unknown owner, and the time of its last change.
+        """
+        text = self._folder.read_text(name)
         try:
-            return dict(json.loads(self._folder.read_text(self.FILE) or ""))
+            return text, dict(json.loads(text or ""))
         except (ValueError, TypeError):
-            return None
+            changed = 0.0
+            with suppress(FileNotFoundError):
+                changed = 0.0 if self._folder.remote else (self._folder.path / name).stat().st_mtime
+            return text, {"host": "unknown", "pid": "unknown", "token": "", "time": changed}
 
     def _free(self, owner: Mapping[str, Any]) -> bool:
         if time.time() - float(owner["time"]) > self.EXPIRES:
@@ -102,13 +158,19 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self.RENEW):
-            owner = self._read()
-            if owner is None or owner["token"] != self._token:
-                return  # taken over after a long stall: what we write stays valid, keys make it the same
-            try:
-                self._folder.write_text(self.FILE, self._content())
-            except OSError:
-                continue
+            with suppress(OSError):  # the next time, then
+                text, owner = self._read(self.FILE)
+                if text is None:
+                    self._create(self.FILE)
+                elif owner["token"] == self._token:
+                    self._folder.write_text(self.FILE, self._content())
+                elif owner["token"]:
+                    LOST[self._folder.uri] = (
+                        f"{self._folder} belongs to process {owner['pid']} on host {owner['host']} by now, since this "
+                        f"process gave no sign of life for {self.EXPIRES:.0f} s: wait for it or end it, then run the "
+                        "same command again; it goes on."
+                    )
+                    return
 
 
 def _born(pid: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,31 +216,29 @@ class Stored:
     state: str
     """done, partial (of a run that was stopped) or working (owned by a live process)."""
     bytes: int
-    runs: tuple[str, ...]
+    runs: tuple[str, ...] = ()
     """The runs that use it."""
 
 
 def list_store(place: str | Folder, *roots: str | Folder) -> list[Stored]:
     """Return what lies in a store, and which runs use it."""
     store = Folder.of(place)
-    used: dict[str, list[str]] = {}
-    for run in users(store, *map(Folder.of, roots)):
-        for link in run.links.values():
-            used.setdefault(link["key"][:24], []).append(run.name)
-        used.setdefault(run.identity["content_hash"][:24], []).append(run.name)
     out = []
     for step in store.folders():
         for folder in step.folders():
             sizes = folder.sizes()
             state = "done" if ARTIFACT in sizes else "working" if _owned(folder) else "partial"
-            runs = tuple(used.get(folder.name, ()))
-            out.append(Stored(folder, folder.name, step.name, state, sum(sizes.values()), runs))
+            out.append(Stored(folder, folder.name, step.name, state, sum(sizes.values())))
     data = store / "data"
     for name, size in sorted(data.sizes().items()):
         if name.endswith(".safetensors"):
-            runs = tuple(used.get(name.removesuffix(".safetensors"), ()))
-            out.append(Stored(data, name, "data", "done", size, runs))
-    return out
+            out.append(Stored(data, name, "data", "done", size))
+    used: dict[str, list[str]] = {}  # asked last: of a run that begins meanwhile, too
+    for run in users(store, *map(Folder.of, roots)):
+        for link in run.links.values():
+            used.setdefault(link["key"][:24], []).append(run.name)
+        used.setdefault(run.identity["content_hash"][:24], []).append(run.name)
+    return [replace(item, runs=tuple(used.get(item.name.removesuffix(".safetensors"), ()))) for item in out]
 
 
 def prunable(stored: list[Stored]) -> list[Stored]:
@@ -248,12 +246,16 @@ def prunable(stored: list[Stored]) -> list[Stored]:
     return [item for item in stored if not item.runs and item.state != "working"]
 
 
-def delete(item: Stored) -> None:
-    """Remove one thing from the store."""
-    if item.step == "data":
-        item.folder.remove_file(item.name)
-    else:
-        item.folder.remove()
+def prune(listed: list[Stored], place: str | Folder, *roots: str | Folder) -> list[Stored]:
+    """Delete of what was listed as prunable what still is, and return it: a run may have begun since."""
+    before = {(item.folder, item.name) for item in listed}
+    items = [item for item in prunable(list_store(place, *roots)) if (item.folder, item.name) in before]
+    for item in items:
+        if item.step == "data":
+            item.folder.remove_file(item.name)
+        else:
+            item.folder.remove()
+    return items
 
 
 def _owned(folder: Folder) -> bool:

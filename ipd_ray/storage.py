@@ -36,6 +36,8 @@ ARTIFACT = "artifact.json"
 SCHEMES = ("s3", "gs")
 CONNECTIONS = 16
 """Files that are on the way at the same time."""
+LOST: dict[str, str] = {}
+"""Why this process may write to a folder no more, by the folder's URI: its lease is another's by now."""
 
 
 def mirrors() -> Path:
@@ -147,7 +149,13 @@ class Folder:
             return None
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file, the folder made where it is missing; readers see the old one or the new one."""
+        """Replace a file, the folder made where it is missing; readers see the old one or the new one.
+
+        Raises:
+            UserError: this process had a lease on the folder, and lost it.
+        """
+        if reason := LOST.get(self.uri):
+            raise UserError(reason)
         if not self.remote:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.path / name, text)

@@ -166,6 +166,29 @@ def test_runs_are_listed_compared_and_removed(place: Path) -> None:
     assert all(item["runs"] for item in left) and {item["step"] for item in left} >= {"values", "imagine", "distill"}
 
 
+def test_prune_leaves_what_came_into_use_while_it_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, run, keys = tmp_path / "runs" / "store", tmp_path / "runs" / "new", ("a" * 24, "b" * 24)
+    for key in keys:
+        (store / "values" / key).mkdir(parents=True)
+        (store / "values" / key / "artifact.json").write_text("{}")
+    (store / "data").mkdir()
+    for key in keys:
+        (store / "data" / f"{key}.safetensors").write_text("")
+
+    def meanwhile(*_: object) -> None:
+        run.mkdir()
+        identity = {"schema": 1, "dataset": LOG, "content_hash": "a" * 64, "seed": 0, "store": str(store)}
+        (run / "run.json").write_text(json.dumps(identity))
+        (run / "links.json").write_text(json.dumps({"values": {"key": "a" * 64, "path": ""}}))
+        (store / "values" / ("c" * 24)).mkdir()  # nobody was asked about it
+
+    monkeypatch.setattr("ipd_ray.cli._confirm", meanwhile)
+    said = call("store", "prune", "--runs-dir", str(tmp_path / "runs")).stdout
+    assert said.endswith("freed 2 B; the other 2 are in use or gone by now\n")
+    left = sorted(item["name"] for item in document("store", "ls", "--runs-dir", str(tmp_path / "runs")))
+    assert left == ["a" * 24, "a" * 24 + ".safetensors", "c" * 24]
+
+
 def test_report_of_one_run_and_of_several(tmp_path: Path) -> None:
     call("report", "runs/mine", "--output", str(tmp_path / "one.html"))
     call("report", "mine", "mine", "--output", str(tmp_path / "two.html"))

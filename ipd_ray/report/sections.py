@@ -269,7 +269,8 @@ def _world_model_section(view: View) -> str:
                     mark=int(length) if length else None,
                     alt="Roll-out error by depth",
                 ),
-                "Open loop along held-out actions.",
+                f"Open loop along held-out actions, {len(depth['model'])} steps deep; segments have up to "
+                f"{readable(length)}.",
             )
         )
     ended = d.get("termination") or {}
