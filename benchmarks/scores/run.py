@@ -99,8 +99,11 @@ TIERS = {
         about="presets as shipped for two cores; peers 20,000 updates (Decision Transformer 5,000)",
     ),
     "unseen": Tier(
-        {"reacher": "demo", "": "gym-small"}, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
-        ("unseen/reacher/mixed-v0", "unseen/double-pendulum/mixed-v0", "unseen/walker2d/mixed-v0"),
+        {"reacher": "demo", "mountain-car": "demo", "": "gym-small"}, (0, 1, 2), {"d3rlpy-dt": 5_000, "": 20_000},
+        (
+            "unseen/reacher/mixed-v0", "unseen/mountain-car/mixed-v0", "unseen/double-pendulum/mixed-v0",
+            "unseen/walker2d/mixed-v0",
+        ),
         about="sets that unseen.py makes, on which nothing was ever chosen; presets as shipped",
     ),
     "short": Tier(

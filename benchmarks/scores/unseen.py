@@ -1,6 +1,6 @@
 """Logs on which no default, preset or rule was ever chosen, made on the spot: does the method hold elsewhere?
 
-    python benchmarks/scores/unseen.py                # makes the three sets, a minute or two each
+    python benchmarks/scores/unseen.py                # makes the sets, a minute or two each
     python benchmarks/scores/run.py --tier unseen
 
 A linear policy is improved by the cross-entropy method on the real task. Three of its stages, early, middle and last,
@@ -41,6 +41,7 @@ class Task:
 
 TASKS = {
     "unseen/reacher/mixed-v0": Task("Reacher-v5", 20_000),
+    "unseen/mountain-car/mixed-v0": Task("MountainCarContinuous-v0", 50_000),
     "unseen/double-pendulum/mixed-v0": Task("InvertedDoublePendulum-v5", 50_000),
     "unseen/walker2d/mixed-v0": Task("Walker2d-v5", 100_000),
 }
