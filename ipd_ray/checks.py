@@ -11,7 +11,7 @@ import torch
 from gymnasium.spaces.utils import flatdim
 
 from ipd_ray.config import RunConfig
-from ipd_ray.data.transitions import Spec, Transitions, prepare
+from ipd_ray.data.transitions import DISCOUNTS, Spec, Transitions, fitting_discount, prepare
 from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, first_line
 from ipd_ray.estimate import estimate_disk
@@ -189,6 +189,11 @@ def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
         out.append(
             f"policy.max_timestep={config.policy.max_timestep}, but episodes last up to {longest} steps: later steps "
             "share one embedding; raise it to tell them apart."
+        )
+    if config.data.discount == "auto" and (fitting := fitting_discount(transitions)) != DISCOUNTS[0]:
+        out.append(
+            f"data.discount=auto is {fitting:g}: by {DISCOUNTS[0]:g} episodes that return far less than others would "
+            "count as the best."
         )
     if config.distill.warmup >= config.distill.updates:
         out.append(

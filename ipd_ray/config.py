@@ -56,8 +56,9 @@ class DataConfig(Section):
     reward_transform: Literal["auto", "range", "std", "none"] = "auto"
     """Scale that rewards are multiplied by everywhere but in reported scores. range: 1000 / (best - worst episode
     return); std: 1 / std(reward); auto: range, or std where all episodes return the same; none: 1. Never a shift."""
-    discount: OpenFraction = 0.99
-    """gamma, per step: of returns, values, the planner's score and acceptance."""
+    discount: OpenFraction | Literal["auto"] = "auto"
+    """gamma, per step: of returns, values, the planner's score and acceptance. auto: the smallest of 0.99, 0.995, 0.997
+    and 0.999 by which the best episodes of the log are as good as those that return most (docs/notes.md)."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
     """Share of whole episodes that no value and no world model is trained on. They serve the diagnostics, and pick the
     world model's weights, its elites and what counts as known (kappa)."""

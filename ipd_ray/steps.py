@@ -276,7 +276,7 @@ class Gate:
     def accept(self, segments: Segments, log: LogRef) -> Accepted:
         """Return the verdict on some segments of the log."""
         return accept(
-            segments, self.config, threshold=self.threshold, discount=log.data.discount, value_std=self.value_std,
+            segments, self.config, threshold=self.threshold, discount=log.load().discount, value_std=self.value_std,
             ranges=_step_ranges(log),
         )
 

@@ -15,6 +15,7 @@ from ipd_ray.data.transitions import (
     Spec,
     Transitions,
     check,
+    fitting_discount,
     one_where_zero,
     prepare,
     reward_scale,
@@ -162,6 +163,42 @@ def test_each_column_has_its_own_spread_and_a_constant_one_has_none():
     std = spread(values, np.abs(values).max(0))
     assert std == pytest.approx([1e3, 1e-6, 0.0, 0.0])
     assert one_where_zero(std) == pytest.approx([1e3, 1e-6, 1.0, 1.0])
+
+
+def episodes_of(*kinds: tuple[float, int]) -> Transitions:
+    """Ten episodes of each kind (reward a step, steps)."""
+    every = [kind for kind in kinds for _ in range(10)]
+    lengths = np.array([steps for _, steps in every])
+    reward = np.concatenate([np.full(steps, r, np.float32) for r, steps in every])
+    zero = np.zeros((len(reward), 1), np.float32)
+    return two_episodes(
+        observation=zero, action=zero, next_observation=zero, reward=reward, terminal=np.zeros(len(reward), bool),
+        episode_start=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        # 2 a step for 200 steps: 400, and 173 discounted by 0.99; 1 for 1000: 1000, and 100. By 0.995 253 and 199, by
+        # 0.997 301 and 317.
+        ([(2.0, 200), (1.0, 1000)], 0.997),
+        # 200 and 440: by 0.997 194 and 128, by 0.999 198 and 267.
+        ([(10.0, 20), (0.4, 1100)], 0.999),
+        ([(10.0, 20), (0.27, 1100)], 0.999),  # 198 and 180: none of them agrees
+        ([(10.0, 20), (0.2, 1100)], 0.99),  # what is taken returns nearly as much, 200 for 220
+        ([(1.0, 200), (1.1, 1000)], 0.99),
+        ([(-1.0, 200), (-1.0, 100)], 0.99),  # all costs: the shorter, the better
+        ([(1.0, 7)], 0.99),
+    ],
+)
+def test_the_discount_fits_what_is_scored(kinds: list[tuple[float, int]], expected: float):
+    assert fitting_discount(episodes_of(*kinds)) == expected
+
+
+def test_a_discount_that_is_given_is_taken():
+    t = episodes_of((2.0, 200), (1.0, 1000))
+    assert prepare(t, DataConfig(discount=0.9), 0).discount == 0.9 and prepare(t, DataConfig(), 0).discount == 0.997
 
 
 @pytest.mark.parametrize("seed", range(8))
