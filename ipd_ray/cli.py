@@ -455,6 +455,7 @@ def _log_table(found: Mapping[str, Any]) -> str:
         f"{found['terminated']:,} episodes terminated, {found['truncated']:,} truncated; "
         f"{100 * found['action_saturation']:.1f} % of the actions at a bound; "
         f"{100 * found['reward']['zero_share']:.1f} % of the rewards are 0",
+        f"data.discount=auto is {found['discount']:g}",
         "",
         _table(["", "mean", "std", "min", "median", "90 %", "max"], rows),
     ]

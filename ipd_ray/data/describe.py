@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ipd_ray.data.transitions import Transitions
+from ipd_ray.data.transitions import Transitions, fitting_discount
 
 SATURATED = 0.99
 """An action dimension beyond this, of [-1, 1], counts as at its bound."""
@@ -19,7 +19,8 @@ INK, MUTED, FILL, ACCENT = "#1f2933", "#7b8794", "#4c78a8", "#e45756"
 
 
 def describe(transitions: Transitions) -> dict[str, Any]:
-    """Return what a log holds; returns are raw and undiscounted, `normalised` has 0 and 100 at the reference scores."""
+    """Return what a log holds; returns are raw and undiscounted, `normalised` has 0 and 100 at the reference scores,
+    `discount` is what data.discount=auto takes."""
     returns, spec = transitions.episode_return, transitions.spec
     ended = transitions.terminal[transitions.episode_start[1:] - 1]
     summary = _spread(returns)
@@ -38,6 +39,7 @@ def describe(transitions: Transitions) -> dict[str, Any]:
         "terminated": int(ended.sum()),
         "truncated": int((~ended).sum()),
         "reward": _spread(transitions.reward) | {"zero_share": float((transitions.reward == 0).mean())},
+        "discount": fitting_discount(transitions),
         "action_saturation": float((np.abs(transitions.action) > SATURATED).mean()),
         "action_mean": transitions.action.mean(0, dtype=np.float64).tolist(),
         "action_std": transitions.action.std(0, dtype=np.float64).tolist(),
