@@ -127,7 +127,8 @@ class WorldModelConfig(Section):
     """Of the hidden layers' matrix products while they learn."""
     termination: str = "learned"
     """`learned`: a head of the ensemble; `never`; `hopper` or `walker2d`: the environment's known rule; or
-    `package.module:function`, taking next observations (B, O) to a boolean (B,)."""
+    `package.module:function`, taking next observations (B, O) to a boolean (B,), known by its name alone: give a
+    function that has changed another one, or what was learned with it is reused."""
 
     @model_validator(mode="after")
     def _check(self) -> WorldModelConfig:
@@ -372,7 +373,8 @@ class EvaluateConfig(Section):
     episodes: PositiveInt = 20
     """Episodes, all advancing together."""
     environment: str | None = None
-    """A Gymnasium id or `package.module:function` that makes the environment; the log's own where not given."""
+    """A Gymnasium id or `package.module:function` that makes the environment, known by its name alone; the log's own
+    where not given."""
     seed: NonNegativeInt = 1000
     """First seed of the environments; episode i uses seed + i."""
     max_steps: PositiveInt | None = None
