@@ -326,7 +326,7 @@ def imagine(context: Context) -> None:
         }
         specs: list[ShardSpec] = run_select(**shared, select=config.select)
         found, wanted = sum(len(s.index) for s in specs), config.select.starts
-        if 2 * found < wanted:
+        if 10 * found < wanted:
             context.listener.note(
                 f"imagine: {found:,} start states for select.starts={wanted:,}: those of an episode are "
                 f"imagine.length={config.imagine.length} steps apart, and at most select.episode_cap="
