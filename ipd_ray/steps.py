@@ -48,7 +48,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
-from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, summarise
+from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
 from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, segment_length, shard_specs
 from ipd_ray.imagine.select import select_starts
@@ -277,13 +277,8 @@ class Gate:
         """Return the verdict on some segments of the log."""
         return accept(
             segments, self.config, threshold=self.threshold, discount=log.load().discount, value_std=self.value_std,
-            ranges=_step_ranges(log),
+            ranges=log.load().step_ranges,
         )
-
-
-@lru_cache(maxsize=1)
-def _step_ranges(log: LogRef) -> tuple[Floats, Floats, float, float]:
-    return step_ranges(log.load())
 
 
 def gate_of(

@@ -231,6 +231,14 @@ class Log:
         return observation.mean(0).astype(np.float32), one_where_zero(spread(observation, np.abs(observation).max(0)))
 
     @cached_property
+    def step_ranges(self) -> tuple[Floats, Floats, float, float]:
+        """Observation minimum and maximum (O,), and transformed reward minimum and maximum."""
+        t = self.transitions
+        low = np.minimum(t.observation.min(0), t.next_observation.min(0))
+        high = np.maximum(t.observation.max(0), t.next_observation.max(0))
+        return low, high, float(self.reward.min()), float(self.reward.max())
+
+    @cached_property
     def return_parts(self) -> tuple[Floats, Floats]:
         """(T,) discounted return to the episode's end, and (T,) what V of its last observation is weighted by.
 

@@ -45,7 +45,7 @@ from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Parts
 from ipd_ray.progress import Listener
 from ipd_ray.runs import SUMMARY, RunFolder
-from ipd_ray.steps import holdout_uncertainty, world_model_of
+from ipd_ray.steps import known_threshold, world_model_of
 from ipd_ray.storage import Folder
 from ipd_ray.sweep import (
     BEST,
@@ -628,7 +628,7 @@ class _Rungs(_Heard):
             return float(evaluate(policy, config.evaluate)["return_mean"])
         except NoEnvironment:
             world_model, kind = str(self._run.artifact("world_model")), config.imagine.uncertainty
-            threshold = float(np.quantile(holdout_uncertainty(world_model, kind), config.choose.known))
+            threshold = known_threshold(world_model, kind, config.choose.known)
             returns, *_ = imagined_returns(
                 policy, job.log.load(), world_model_of(world_model, device), config.choose, uncertainty=kind,
                 threshold=threshold, range_margin=config.accept.range_margin, seed=config.seed, device=device,

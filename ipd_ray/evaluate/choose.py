@@ -10,7 +10,7 @@ import torch
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
-from ipd_ray.imagine.accept import step_ranges, widened
+from ipd_ray.imagine.accept import widened
 from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
@@ -68,7 +68,7 @@ def imagined_returns(
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
     s = torch.from_numpy(first_observations(log, N)).to(device)
-    least, most = (torch.from_numpy(x).to(device) for x in widened(*step_ranges(log)[:2], range_margin))
+    least, most = (torch.from_numpy(x).to(device) for x in widened(*log.step_ranges[:2], range_margin))
     alive = torch.ones(N, dtype=torch.bool, device=device)
     halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)

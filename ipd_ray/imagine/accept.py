@@ -33,14 +33,6 @@ class Accepted:
     """Share of segments that fail each test."""
 
 
-def step_ranges(log: Log) -> tuple[Floats, Floats, float, float]:
-    """Observation minimum and maximum (O,), and transformed reward minimum and maximum, of the log."""
-    t = log.transitions
-    low = np.minimum(t.observation.min(0), t.next_observation.min(0))
-    high = np.maximum(t.observation.max(0), t.next_observation.max(0))
-    return low, high, float(log.reward.min()), float(log.reward.max())
-
-
 def widened(low: Any, high: Any, margin: float) -> tuple[Any, Any]:
     """Return the bounds of a range, each farther out by `margin` times its width, and by what float32 rounds off: what
     is constant in the log stays inside."""

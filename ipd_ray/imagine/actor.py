@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import ActorConfig, PlannerConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.imagine.accept import step_ranges, widened
+from ipd_ray.imagine.accept import widened
 from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
@@ -149,7 +149,7 @@ class Rollouts:
         self.v = evaluate_in_chunks(values.v, t.observation, device=device)
         """(T,) by step 1."""
         self._frontier = np.argsort(-self.v, kind="stable")[: max(1, int(_FRONTIER * len(t)))]
-        known = widened(*step_ranges(log)[:2], range_margin)
+        known = widened(*log.step_ranges[:2], range_margin)
         self._low, self._high = (torch.from_numpy(x).to(device) for x in known)
 
     def rows(self, starts: int) -> int:

@@ -168,7 +168,7 @@ class View:
     @cached_property
     def judged(self) -> Any:
         """The verdict on `segments`, as distillation took it; None where something for it is missing."""
-        from ipd_ray.imagine.accept import accept, step_ranges
+        from ipd_ray.imagine.accept import accept
 
         threshold, spread = self.imagined.get("kappa"), self.diagnostics("values").get("v_std")
         if self.segments is None or self.log is None or self.config is None or threshold is None or spread is None:
@@ -179,7 +179,7 @@ class View:
             threshold=float(threshold),
             discount=self.log.discount,
             value_std=float(spread),
-            ranges=step_ranges(self.log),
+            ranges=self.log.step_ranges,
         )
 
 

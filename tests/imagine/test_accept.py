@@ -10,7 +10,7 @@ import pytest
 from method_fixtures import learned_pendulum, log_of, segments_of
 
 from ipd_ray.config import AcceptConfig, ImagineConfig, PlannerConfig, SelectConfig
-from ipd_ray.imagine.accept import Accepted, accept, kappa, step_ranges, widened
+from ipd_ray.imagine.accept import Accepted, accept, kappa, widened
 from ipd_ray.imagine.rollout import imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks
@@ -119,7 +119,7 @@ def test_as_good_as_the_log_is_not_enough():
 
 def test_ranges_take_in_the_last_observation():
     log = log_of([([[0.0, 5.0], [1.0, -2.0], [7.0, 1.0]], [[0.0], [0.0]], [3.0, -4.0], False)], reward_scale=2.0)
-    low, high, reward_low, reward_high = step_ranges(log)
+    low, high, reward_low, reward_high = log.step_ranges
     assert (low.tolist(), high.tolist(), reward_low, reward_high) == ([0.0, -2.0], [7.0, 5.0], -8.0, 6.0)
 
 
@@ -189,7 +189,7 @@ def on_the_pendulum() -> tuple[Accepted, Accepted]:
         out.append(
             accept(
                 segments, config, threshold=threshold, discount=log.discount, value_std=learned.value_std,
-                ranges=step_ranges(log),
+                ranges=log.step_ranges,
             )
         )
     return out[0], out[1]
