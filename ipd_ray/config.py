@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -50,13 +51,23 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _auto_or_fraction(value: Any) -> Any:
+    """One message, where a union would have one for each of its types."""
+    try:
+        if value == "auto" or 0.0 < float(value) < 1.0:
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"data.discount={value!r} must be auto, or a number above 0 and below 1, such as 0.99.")
+
+
 class DataConfig(Section):
     """Step 0, how the log is read."""
 
     reward_transform: Literal["auto", "range", "std", "none"] = "auto"
     """Scale that rewards are multiplied by everywhere but in reported scores. range: 1000 / (best - worst episode
     return); std: 1 / std(reward); auto: range, or std where all episodes return the same; none: 1. Never a shift."""
-    discount: OpenFraction | Literal["auto"] = "auto"
+    discount: Annotated[OpenFraction | Literal["auto"], BeforeValidator(_auto_or_fraction)] = "auto"
     """gamma, per step: of returns, values, the planner's score and acceptance. auto: the smallest of 0.99, 0.995, 0.997
     and 0.999 by which the best episodes of the log are as good as those that return most (docs/notes.md)."""
     holdout_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ipd_ray.config import DataConfig
+from ipd_ray.config import DataConfig, load
 from ipd_ray.data.transitions import (
     ACTION_LIMIT,
     Log,
@@ -194,6 +194,12 @@ def episodes_of(*kinds: tuple[float, int]) -> Transitions:
 )
 def test_the_discount_fits_what_is_scored(kinds: list[tuple[float, int]], expected: float):
     assert fitting_discount(episodes_of(*kinds)) == expected
+
+
+@pytest.mark.parametrize("word", ["1.5", "Auto", "null", "0"])
+def test_a_discount_that_is_none_is_told_once(word: str):
+    with pytest.raises(UserError, match=r"^data\.discount=.* must be auto, or a number above 0 and below 1, [^\n]*$"):
+        load(overrides=[f"data.discount={word}"])
 
 
 def test_a_discount_that_is_given_is_taken():
