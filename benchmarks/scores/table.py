@@ -760,29 +760,20 @@ def page_blocks(tiers: Sequence[Scores], pictures: Mapping[str, Mapping[str, str
 
 
 def readme_blocks(tiers: Sequence[Scores]) -> list[Block]:
-    """The short form: scores, differences and goals, of the methods that ran."""
+    """The short form: scores and goals, of the methods that ran."""
     blocks: list[Block] = []
     for scores in tiers:
         ran = [m for m in scores.methods if scores.covered(m)]
         absent = [m for m in scores.methods if m not in ran]
-        versions = {v for r in scores.all if (v := r.versions.get("torch"))}
         blocks.append(
-            f"Tier `{scores.tier}`, {_days(scores.all)}, commits {_commits(scores.all)}, torch "
-            f"{_listed(sorted(versions)) or 'unknown'}, {_minutes_span(scores)}. Normalised return of what a run "
+            f"Tier `{scores.tier}`, {_days(scores.all)}, {_minutes_span(scores)}. Normalised return of what a run "
             f"leaves, mean over seeds; below, each seed's own (seeds {_listed(scores.seeds)})."
         )
         blocks.append(score_table(scores, ran, best=False))
         if absent:
             blocks.append(f"Not run yet: {_listed(f'`{m}`' for m in absent)}.")
-        lines = []
-        for found in compared(scores):
-            figures = "no pair is there"
-            if found.mean is not None:
-                figures = f"{signed(found.mean)} {_bounds(found.interval)}".strip() + f" ({_count(found)})"
-            lines.append(f"- {found.method} - {found.other}{' (best peer)' * (found.other in scores.peers)}: {figures}")
-        blocks.append("Paired differences, mean over sets [95 % interval over seeds]:\n\n" + "\n".join(lines))
         blocks.append("Goals:\n\n" + "\n".join(f"- {v.goal}: **{v.word}** ({v.figures})" for v in verdicts(scores)))
-    blocks.append("How to read it, curves, variations, raw returns, versions: [docs/scores.md](docs/scores.md)."
+    blocks.append("How to read it, differences, curves, variations, raw returns: [docs/scores.md](docs/scores.md)."
                   if tiers else "No results yet: `python benchmarks/scores/run.py` makes them.")  # fmt: skip
     return blocks
 
