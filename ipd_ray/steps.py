@@ -334,7 +334,7 @@ def run_shard(
         "terminated": int(segments.terminal.any(1).sum()),
     }
     entry = write_shard(workspace.folder, spec.shard, segments, summary)
-    return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).accepted.sum())}
+    return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).passed.sum())}
 
 
 def finish_imagination(workspace: Workspace, shards: int) -> None:
@@ -393,6 +393,7 @@ class DistillJob:
             segments,
             verdict.accepted,
             verdict.length,
+            float(verdict.passed.mean()) if len(verdict.passed) else 0.0,
             self._prompts(log, segments, verdict),
             advantage_weight(of_log, of_log, temperature),
             advantage_weight(of_plans, of_log, temperature),
@@ -649,5 +650,5 @@ def _no_segments(log: Log) -> Segments:
 
 
 def _nothing_accepted() -> Accepted:
-    none = np.zeros(0, np.float32)
-    return Accepted(np.zeros(0, bool), np.zeros(0, np.int64), none, none, {})
+    none, no = np.zeros(0, np.float32), np.zeros(0, bool)
+    return Accepted(no, no, np.zeros(0, np.int64), none, none, {})

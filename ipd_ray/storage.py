@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,11 +182,15 @@ class Folder:
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file in it, by name; those in folders below, too."""
         if not self.remote:
-            files = (p for p in self.path.rglob("*") if p.is_file())
-            return {p.relative_to(self.path).as_posix(): p.stat().st_size for p in files}
-        found = self._fs.get_file_info(fs.FileSelector(self._key(), recursive=True, allow_not_found=True))
+            found: dict[str, int] = {}
+            for path in self.path.rglob("*"):
+                with suppress(FileNotFoundError):  # renamed or removed meanwhile
+                    if stat.S_ISREG((status := path.stat()).st_mode):
+                        found[path.relative_to(self.path).as_posix()] = status.st_size
+            return found
+        infos = self._fs.get_file_info(fs.FileSelector(self._key(), recursive=True, allow_not_found=True))
         begin = len(self._key()) + 1
-        return {info.path[begin:]: int(info.size) for info in found if info.type == fs.FileType.File}
+        return {info.path[begin:]: int(info.size) for info in infos if info.type == fs.FileType.File}
 
     def folders(self) -> list[Folder]:
         """Return the folders right below."""

@@ -23,7 +23,7 @@ def test_the_corpus_is_as_large_as_what_one_worker_holds():
     plans = segments_of([30 * i + 20 for i in range(30)], 10, log)
     one = np.ones(1000, np.float32)
     columns, mixture = flatten(
-        log, plans, np.ones(30, bool), np.full(30, 10), Prompts(one, numbers), one, numbers, c.distill, 5
+        log, plans, np.ones(30, bool), np.full(30, 10), 1.0, Prompts(one, numbers), one, numbers, c.distill, 5
     )
     held = Windows(columns, mixture, batch_size=8, context=5, seed=0, device="cpu").bytes
     sizes = Sizes(steps=1000, observation=1, action=1, longest=100, terminates=False, held=100)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 
 from ipd_ray import Policy, run
+from ipd_ray.api import job_of
 from ipd_ray.artifacts import Artifact, Store, Workspace
 from ipd_ray.config import load
 from ipd_ray.errors import UserError
@@ -104,6 +106,34 @@ def test_what_one_machine_pushes_another_pulls(bucket: str, another_machine):
     assert not (there.path / "never.bin").exists()
     there.remove()
     assert not folder.exists() and folder.sizes() == {} and not there.path.exists()
+
+
+def test_files_may_be_renamed_and_removed_while_they_are_listed(tmp_path: Path):
+    folder, stop = Folder.of(tmp_path), threading.Event()
+    folder.write_text("stays", "12345")
+
+    def change() -> None:
+        while not stop.is_set():
+            folder.write_text("changes", "1")
+
+    writer = threading.Thread(target=change)
+    writer.start()
+    try:
+        found = [folder.sizes() for _ in range(1000)]
+    finally:
+        stop.set()
+        writer.join()
+    assert all(sizes["stays"] == 5 for sizes in found)
+
+
+def test_the_converted_log_reaches_machines_that_never_saw_the_dataset(
+    bucket: str, another_machine, monkeypatch: pytest.MonkeyPatch
+):
+    run(LOG, load(overrides=SETTINGS), run_dir=f"{bucket}/runs/mine", until="values")
+    ref = job_of(RunFolder(f"{bucket}/runs/mine"), imagined=False).log
+    another_machine()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "/nowhere")
+    assert len(ref.load().transitions) > 0
 
 
 def test_a_bucket_that_is_not_there_is_refused_before_any_work(bucket: str):

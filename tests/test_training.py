@@ -53,7 +53,7 @@ def distill_trainer() -> DistillTrainer:
         return torch.stack([q, q - 1.0])
 
     weight = np.ones(len(log.reward), np.float32)
-    plans = np.array([True, True]), np.array([4, 3])
+    plans = np.array([True, True]), np.array([4, 3]), 1.0
     material = Material(log, segments, *plans, prompts, weight, np.ones((2, 4), np.float32), 1.0)
     policy = PolicyConfig(context=3, layers=1, heads=2, width=8, dropout=0.3)
     config = DistillConfig(updates=20, batch_size=8, warmup=5, eta=0.5)

@@ -74,10 +74,14 @@ def fetch_columns(file: Folder) -> Transitions | None:
 
 
 def keep_columns(store: Folder, transitions: Transitions) -> Folder:
-    """Have a log in a store, written where it is missing; return its file."""
+    """Have a log in a store, written where it is missing; return its file.
+
+    That this machine's mirror has it, where it was converted, says nothing of the store.
+    """
     file = columns_file(store, transitions.content_hash)
-    if fetch_columns(file) is None:
+    if read_columns(file.path) is None:
         write_columns(file.path, transitions)
+    if file.remote and not file.exists():
         file.parent.push([file.name])
     return file
 

@@ -70,7 +70,9 @@ def load(dataset_id: str, cache: Path | None = None, download: bool = True) -> T
         cached = read_columns(columns_path(cache, entry["content_hash"]))
         if cached is not None:
             _report(entry["warnings"])
-            return replace(cached, spec=Spec(**entry["spec"]))
+            known = replace(cached, spec=Spec(**entry["spec"]))
+            known.__dict__["content_hash"] = cached.content_hash  # `replace` leaves behind what is cached
+            return known
     except (OSError, ValueError, KeyError, TypeError):
         pass  # missing, damaged or of another version: convert again
     transitions, warnings = _convert(data, metadata)

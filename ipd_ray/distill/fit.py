@@ -61,8 +61,11 @@ class Material:
     log: Log
     segments: Segments
     accepted: Bools
+    """(S,) those that count."""
     lengths: Ints
     """(S,) steps of each segment that count."""
+    pass_rate: float
+    """Share of all segments that passed the tests."""
     prompts: Prompts
     weight: Floats
     """(T,) imitation weight of the log's steps, mean 1."""
@@ -92,7 +95,8 @@ class Corpus:
         """Return it of material. This needs all of the data at once, which training then does not."""
         m = material
         columns, mixture = flatten(
-            m.log, m.segments, m.accepted, m.lengths, m.prompts, m.weight, m.imagined_weight, config, policy.context
+            m.log, m.segments, m.accepted, m.lengths, m.pass_rate, m.prompts, m.weight, m.imagined_weight, config,
+            policy.context,
         )
         mean, std = m.log.observation_moments
         low, high = np.quantile(m.prompts.log, [0.001, 0.999])

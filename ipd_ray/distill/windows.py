@@ -60,6 +60,7 @@ def flatten(
     segments: Segments,
     accepted: Bools,
     lengths: Ints,
+    pass_rate: float,
     prompts: Prompts,
     weight: Floats,
     imagined_weight: Floats,
@@ -72,8 +73,9 @@ def flatten(
     steps end, in order. Every accepted segment is spliced onto its real past: the K - 1 steps of the log before its
     start (fewer at an episode's beginning) are its context, timesteps count on, and only imagined steps are imitated.
 
-    accepted, lengths: (S,) verdict on the segments. weight, imagined_weight: (T,) and (S, L) imitation weight of the
-    log's and of imagined steps.
+    accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the imagined
+    share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and (S, L)
+    imitation weight of the log's and of imagined steps.
     """
     t = log.transitions
     plans = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)
@@ -94,7 +96,7 @@ def flatten(
     mixture = Mixture(steps, ends, imagined)
     if ends and config.imagined_ratio > 0:
         cap = config.reuse_cap * imagined
-        ratio = min(config.imagined_ratio, float(accepted.mean()), cap / (steps + cap))
+        ratio = min(config.imagined_ratio, pass_rate, cap / (steps + cap))
         real = float(np.minimum(t.timestep + 1, context).mean())
         odds = ratio * real / max((1.0 - ratio) * imagined / ends, 1e-9)
         per_batch = min(config.batch_size - 1.0, config.batch_size * odds / (1.0 + odds))

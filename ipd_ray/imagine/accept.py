@@ -21,8 +21,10 @@ _ROUNDING = 1e-5
 class Accepted:
     """The verdict on S segments."""
 
+    passed: Bools
+    """(S,) those that pass the tests."""
     accepted: Bools
-    """(S,)"""
+    """(S,) those that count: all that passed, or the part of them that `accept.share` asks for."""
     length: Ints
     """(S,) steps left after the cut."""
     imagined: Floats
@@ -101,9 +103,9 @@ def accept(
     bar = -np.inf if config.margin is None else config.margin * value_std
     long_enough = length >= config.min_length
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
-    accepted = long_enough & beats_own & beats_value
+    passed = accepted = long_enough & beats_own & beats_value
     if config.share < 1.0:  # a smaller share is a part of a larger one
-        accepted &= np.random.default_rng(_SHARE_STREAM).random(S) < config.share
+        accepted = passed & (np.random.default_rng(_SHARE_STREAM).random(S) < config.share)
     reasons = (
         {
             "too_short": float((~long_enough).mean()),
@@ -115,7 +117,7 @@ def accept(
         if S
         else {}
     )
-    return Accepted(accepted, length.astype(np.int64), imagined, own, reasons)
+    return Accepted(passed, accepted, length.astype(np.int64), imagined, own, reasons)
 
 
 def value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, discount: float) -> Floats:
@@ -129,8 +131,9 @@ def value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, disco
 
 
 def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]:
-    """Return what a run reports of its imagination: accept rate, by depth and by distance to termination, and gain."""
-    ok = verdict.accepted
+    """Return what a run reports of its imagination, of all that passed: accept rate, by depth and by distance to
+    termination, and gain."""
+    ok = verdict.passed
     gain = verdict.imagined - verdict.own
     t = log.transitions
     left = log.episode_end[segments.index] - segments.index + 1

@@ -40,7 +40,7 @@ def select_starts(log: Log, value: Floats, returns: Floats, config: SelectConfig
     def draw(candidates: Ints, wanted: int) -> list[int]:
         chosen: list[int] = []
         for step in candidates[rng.permutation(len(candidates))]:
-            if len(chosen) == wanted:
+            if len(chosen) >= wanted:  # both shares rounded up can leave the flagged ones less than none
                 break
             e = episode[step]
             near = slice(max(begin[e], step - length + 1), min(begin[e + 1], step + length))

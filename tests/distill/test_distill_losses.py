@@ -109,7 +109,7 @@ def trainer(
     log = log_of(episodes)
     segments = segments_of([3, 25], 3, log, observation=rng.uniform(-1, 1, (2, 4, 1)), action=np.full((2, 3, 1), 0.9))
     material = Material(
-        log, segments, np.array([True, True]), np.array([3, 2]),
+        log, segments, np.array([True, True]), np.array([3, 2]), 1.0,
         Prompts(rng.normal(size=80).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)),
         np.ones(80, np.float32) if weight is None else weight, np.ones((2, 3), np.float32), 0.5,
     )

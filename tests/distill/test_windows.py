@@ -32,15 +32,16 @@ def imagined(index: list[int], length: int, log: Log = LOG) -> Segments:
 
 def windows(
     segments: Segments, lengths: list[int], *, accepted: list[bool] | None = None, context: int = 4, log: Log = LOG,
-    weight: Any = None, plan_weight: Any = None, seed: int = 0, rank: int = 0, world: int = 1, **config: Any,
+    weight: Any = None, plan_weight: Any = None, pass_rate: float | None = None, seed: int = 0, rank: int = 0, world: int = 1, **config: Any,
 ) -> Windows:
     T = len(log.transitions)
     prompts = Prompts(
         np.arange(T, dtype=np.float32) + 0.5, np.full((len(segments), segments.length), 77.0, np.float32)
     )
     distill = DistillConfig.model_validate(config)
+    counts = np.array([True] * len(lengths) if accepted is None else accepted)
     columns, mixture = flatten(
-        log, segments, np.array([True] * len(lengths) if accepted is None else accepted), np.array(lengths), prompts,
+        log, segments, counts, np.array(lengths), counts.mean() if pass_rate is None else pass_rate, prompts,
         np.ones(T, np.float32) if weight is None else weight,
         np.ones_like(segments.reward) if plan_weight is None else plan_weight, distill, context,
     )
@@ -237,11 +238,18 @@ def test_what_a_worker_holds_falls_with_their_number():
         assert max(held) < whole / len(held) + 2 * (3 + 10) * whole / 10_000
 
 
+def test_a_part_of_what_passed_is_mixed_in_as_all_of_it_would_be():
+    log = counting_log([50, 50])
+    shared: dict[str, Any] = {"log": log, "imagined_ratio": 0.9, "reuse_cap": 1000.0}
+    half = windows(imagined([10, 60], 4, log), [4, 4], accepted=[True, False], pass_rate=0.6, **shared)
+    assert half.mixture.imagined_ratio == pytest.approx(0.6) and half.mixture.imagined_steps == 4
+
+
 def test_a_slice_of_a_file_is_that_of_memory(tmp_path: Path):
     prompts = Prompts(np.arange(207, dtype=np.float32), np.zeros((40, 6), np.float32))
     config = DistillConfig(batch_size=64, imagined_ratio=0.5)
     material = Material(
-        LONG, MANY, np.ones(40, bool), np.array(MANY_LENGTHS), prompts, np.ones(207, np.float32),
+        LONG, MANY, np.ones(40, bool), np.array(MANY_LENGTHS), 1.0, prompts, np.ones(207, np.float32),
         np.ones((40, 6), np.float32), 0.7,
     )
     corpus = Corpus.of(material, PolicyConfig(context=4), config, {"target_return": None, "imagined": {"kappa": 0.1}})

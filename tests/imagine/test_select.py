@@ -81,6 +81,11 @@ def test_the_control_group_is_drawn_from_everywhere():
     assert (np.diff(starts.index) > 0).all()
 
 
+def test_shares_that_both_round_up_leave_none_for_regret_and_draw_no_more_than_asked():
+    found = select(noise(), length=1, starts=5, control_share=0.3, frontier_share=0.7, episode_cap=1.0)
+    assert len(found.index) == 6  # round(1.5) + round(3.5)
+
+
 def test_the_same_identity_draws_the_same_starts():
     one, again, other = (select(noise(), control_share=0.5, seed=s) for s in (3, 3, 4))
     assert np.array_equal(one.index, again.index) and np.array_equal(one.control, again.control)
