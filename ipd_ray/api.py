@@ -231,8 +231,9 @@ class _Begun:
         """Do the steps, keep the run folder's files up to date, return the summary."""
         config, transitions, folder = self.context.config, self.context.transitions, self.folder
         folder.pull(["run.log"])  # this run writes on
+        folder.path.mkdir(parents=True, exist_ok=True)
+        records = recorders(config, folder.path, transitions.spec.dataset)  # may be refused, before anything is removed
         self._describe()
-        records = recorders(config, folder.path, transitions.spec.dataset)
         if folder.remote:
             records.append(_Sender(folder))
         for row in self._curves():  # what is reused is in the curves as if it had been made now
@@ -285,7 +286,6 @@ class _Begun:
         """Write what the run is, before it works."""
         config, transitions, store = self.context.config, self.context.transitions, self.context.store
         folder = self.folder
-        folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.path / "config.yaml", as_yaml(config))
         folder.push(["config.yaml"])
         identity = {

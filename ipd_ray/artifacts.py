@@ -200,7 +200,10 @@ class Workspace:
         """Say that the result is whole: what the step knows of its artifact.json."""
         if (self.path / METRICS).exists():
             self.folder.push([METRICS])
-        content = {"digest": content_digest, "diagnostics": dict(diagnostics), "seconds": self.seconds, **described}
+        content = {
+            "platform": numeric_platform(), "digest": content_digest, "diagnostics": dict(diagnostics),
+            "seconds": self.seconds, **described,
+        }  # fmt: skip
         self.folder.write_text(RESULT, json.dumps(content, indent=1))
 
 
@@ -384,7 +387,6 @@ class Store:
             "version": version,
             "key": key,
             "parts": dict(parts),
-            "platform": numeric_platform(),
             **json.loads(result),
         }
         folder.write_text(ARTIFACT, json.dumps(content, indent=1))

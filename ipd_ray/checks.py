@@ -27,10 +27,9 @@ NO_SPEC = Spec("", {}, [], [], [], "")
 
 
 def check_config(config: RunConfig) -> None:
-    """Raise UserError for what no dataset could mend: values that contradict each other, things that cannot be had."""
-    check_contradictions(config)
+    """Raise UserError for what no dataset could mend: things that cannot be had."""
     runtime = config.runtime
-    check_device(runtime.device)
+    check_device(runtime.device, here=runtime.engine == "local")
     resolve(config.world_model.termination)
     if config.evaluate.environment:
         environment_maker(NO_SPEC, config.evaluate.environment)
@@ -45,32 +44,13 @@ def check_config(config: RunConfig) -> None:
         )
 
 
-def check_contradictions(config: RunConfig) -> None:
-    """Raise UserError for values that contradict each other, whatever the machine."""
-    policy, distill, runtime = config.policy, config.distill, config.runtime
-    if policy.context > policy.max_timestep:
-        raise UserError(
-            f"policy.context={policy.context} must be at most policy.max_timestep={policy.max_timestep}: lower "
-            "policy.context or raise policy.max_timestep."
-        )
-    if distill.target_return is not None and distill.prompt != "fixed":
-        raise UserError(
-            f"distill.target_return={distill.target_return:g} is asked for by distill.prompt=fixed alone, but it is "
-            f"{distill.prompt}: set distill.prompt=fixed, or leave distill.target_return out."
-        )
-    if runtime.address and runtime.engine == "local":
-        raise UserError(
-            f"runtime.address={runtime.address!r} names a Ray cluster, but runtime.engine=local: set "
-            "runtime.engine=ray, or leave runtime.address out."
-        )
-
-
-def check_device(name: str) -> None:
-    """Raise UserError for a torch device that is not there."""
+def check_device(name: str, *, here: bool = True) -> None:
+    """Raise UserError for a torch device that does not exist, or is not `here`: a cluster's nodes may have GPUs that the
+    machine which drives them has not."""
     if name == "auto":
         return
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name) if here else torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"runtime.device={name!r} cannot be used ({reason}): set runtime.device=auto or cpu.") from None

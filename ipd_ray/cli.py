@@ -237,7 +237,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
             score = f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over {s['episodes']} episodes"
             rows.append((name.replace("_", " "), score + _normalised(s)))
     if chosen := summary.get("chosen"):
-        made = "with plans" if chosen["variant"] == "ipd" else "without plans"
+        made = "with plans" if chosen["variant"] == "ipd" and summary.get("imagined") else "without plans"
         rows.append(("chosen", f"distilled {made}, {chosen['step']:,} updates; none is clearly better in imagination"))
     if "distill" in summary["seconds"] and "policy" not in summary:
         rows.append(("policy", "not evaluated"))

@@ -64,7 +64,6 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
 
     Parsed as it would be here; run on Ray where it does not say. Raises UserError for what would fail at once.
     """
-    from ipd_ray.checks import check_contradictions
     from ipd_ray.sweep import check_points, common_settings, read_question
 
     group: Any = typer.main.get_command(app)
@@ -89,20 +88,19 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
     files = {what: _travelling(what, file, root) for what, file in named.items() if file is not None}
     config = root / files["--config"] if "--config" in files else None
     overrides = list(values["overrides"] or ())
-    points: list[RunConfig] = []
+    question = None
     if "QUESTION" in files:
         question = read_question(root / files["QUESTION"])
         preset = config_module.given(values["preset"])
         given = common_settings(question, preset, config, config_module.parse_overrides(overrides))
-        points = check_points(question, given)
     else:
         given = config_module.given(values["preset"], config, overrides)
     added = {} if "runtime.engine" in given else {"runtime.engine": "ray"}
     if {**given, **added}["runtime.engine"] == "ray" and "runtime.address" not in given:
         added["runtime.address"] = "auto"
+    if question is not None:
+        check_points(question, {**given, **added})
     settings = config_module.build(given, added)
-    for one in points or [settings]:
-        check_contradictions(one)
     if not values.get("dry_run"):
         folder = next((name for name in ("run_dir", "sweep_dir") if name in values), None)
         _check_places(f"--{folder.replace('_', '-')}" if folder else "", values.get(folder or ""), settings)

@@ -137,7 +137,7 @@ class WorldModelConfig(Section):
     precision: Precision = "float32"
     """Of the hidden layers' matrix products while they learn."""
     termination: str = "learned"
-    """`learned`: a head of the ensemble; `never`; `hopper` or `walker2d`: the environment's known rule; or
+    """`learned`: by a network of its own, of (s, s'); `never`; `hopper` or `walker2d`: the environment's known rule; or
     `package.module:function`, taking next observations (B, O) to a boolean (B,), known by its name alone: give a
     function that has changed another one, or what was learned with it is reused."""
 
@@ -304,6 +304,11 @@ class PolicyConfig(Section):
             raise ValueError(
                 f"policy.width={self.width} must be a multiple of policy.heads={self.heads}: change one of them."
             )
+        if self.context > self.max_timestep:
+            raise ValueError(
+                f"policy.context={self.context} must be at most policy.max_timestep={self.max_timestep}: lower "
+                "policy.context or raise policy.max_timestep."
+            )
         return self
 
 
@@ -348,7 +353,17 @@ class DistillConfig(Section):
     """What the policy is conditioned on. value: V(s); outcome: the return-to-go that followed, V's upper expectile when
     acting; fixed: raw return-to-go and a hand-set target, as Decision Transformer; none: nothing."""
     target_return: float | None = None
-    """Raw return asked for at run time by prompt=fixed; the log's best episode where not given."""
+    """Raw return asked for at run time by prompt=fixed; the log's best episode where not given. Like every prompt it is
+    clipped to the range that training saw, up to 99.9 % of the log's returns-to-go."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if self.target_return is not None and self.prompt != "fixed":
+            raise ValueError(
+                f"distill.target_return={self.target_return:g} is asked for by distill.prompt=fixed alone, but it is "
+                f"{self.prompt}: set distill.prompt=fixed, or leave distill.target_return out."
+            )
+        return self
 
 
 class ChooseConfig(Section):
@@ -412,8 +427,9 @@ class RuntimeConfig(Section):
     """Distillation goes on with as few as these while nodes are missing, and with up to `workers` once they are back;
     0: never with fewer than `workers`."""
     actors: NonNegativeInt = 0
-    """Imagination actors (ray) or processes (local) at most; 0: as many as there are cores, or GPUs on cuda, and on an
-    autoscaled cluster as many again, as often as they find room. Never more than shards wait."""
+    """Imagination actors (ray) or processes (local; on cuda always one) at most; 0: as many as there are cores, or on a
+    cluster GPUs on cuda, and on an autoscaled one as many again, as often as they find room. Never more than shards
+    wait."""
     min_actors: NonNegativeInt = 0
     """Imagination actors (ray) that are kept until the last shard is done; 0: each goes when no shard waits."""
     gpus_per_actor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -439,6 +455,15 @@ class RuntimeConfig(Section):
     """Weights & Biases group, such as a sweep's; the dataset's name where not given."""
     tensorboard: bool = False
     """TensorBoard event files in the run folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RuntimeConfig:
+        if self.address and self.engine == "local":
+            raise ValueError(
+                f"runtime.address={self.address!r} names a Ray cluster, but runtime.engine=local: set "
+                "runtime.engine=ray, or leave runtime.address out."
+            )
+        return self
 
     @field_validator("actor_labels", "worker_labels")
     @classmethod

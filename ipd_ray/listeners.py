@@ -170,12 +170,8 @@ class WandbLog:
     """Weights & Biases: one curve a metric and part, the config, and the scores at the end."""
 
     def __init__(self, config: RunConfig, folder: Path, dataset: str):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                f"runtime.wandb={config.runtime.wandb} needs wandb: `pip install wandb`, or set runtime.wandb=off."
-            ) from None
+        import wandb
+
         runtime = config.runtime
         try:
             self._run = wandb.init(
@@ -218,13 +214,8 @@ class TensorBoardLog:
     """TensorBoard event files in the run folder's `tensorboard/`; a new run of the folder replaces them."""
 
     def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "runtime.tensorboard=true needs tensorboard: `pip install ipd_ray[tensorboard]`, or set "
-                "runtime.tensorboard=false."
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
@@ -249,9 +240,9 @@ def terminal() -> Listener:
 
 def recorders(config: RunConfig, folder: Path, dataset: str) -> list[Listener]:
     """What writes learning curves down, as `runtime` asks for it."""
-    out: list[Listener] = [RunFiles(folder)]
+    others: list[Listener] = []
     if config.runtime.wandb != "off":
-        out.append(WandbLog(config, folder, dataset))
+        others.append(WandbLog(config, folder, dataset))
     if config.runtime.tensorboard:
-        out.append(TensorBoardLog(folder))
-    return out
+        others.append(TensorBoardLog(folder))
+    return [RunFiles(folder), *others]

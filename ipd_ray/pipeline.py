@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ from ipd_ray.steps import (
     run_world_model,
 )
 from ipd_ray.storage import ARTIFACT, Folder
-from ipd_ray.training import cores, resolve_device
+from ipd_ray.training import cores, device_here, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
@@ -206,6 +206,11 @@ class Context:
         return Place(self.device, threads or runtime.threads, runtime.checkpoint_seconds)
 
     @cached_property
+    def here(self) -> Place:
+        """Where this process computes the little that is no worker's: a cluster's GPUs are on other machines."""
+        return replace(self.place(), device=device_here(self.device))
+
+    @cached_property
     def log(self) -> LogRef:
         """The converted log in the store, written where it is missing."""
         return LogRef(str(keep_columns(self.store.root, self.transitions)), self.config.data, self.config.seed)
@@ -318,19 +323,19 @@ def imagine(context: Context) -> None:
         workspace = Workspace(folder)
         shared: dict[str, Any] = {
             "work": str(folder),
-            "place": context.place(),
             "log": context.log,
             "values": context.path(context.parts.values),
             "imagine": config.imagine,
             "seed": config.seed,
         }
-        specs: list[ShardSpec] = run_select(**shared, select=config.select)
+        specs: list[ShardSpec] = run_select(**shared, place=context.here, select=config.select)
         found, wanted = sum(len(s.index) for s in specs), config.select.starts
         if 10 * found < wanted:
             context.listener.note(
-                f"imagine: {found:,} start states for select.starts={wanted:,}: those of an episode are "
-                f"imagine.length={config.imagine.length} steps apart, and at most select.episode_cap="
-                f"{config.select.episode_cap:g} of all; shorter segments, or a larger cap, leave room for more."
+                f"imagine: {found:,} start states for select.starts={wanted:,}: those of an episode are a segment "
+                f"apart (imagine.length={config.imagine.length}, or the longest episode), and at most "
+                f"select.episode_cap={config.select.episode_cap:g} of all; shorter segments, or a larger cap, leave "
+                "room for more."
             )
         there = read_entries(folder)
         missing = [s for s in specs if s.shard not in there]
@@ -339,10 +344,13 @@ def imagine(context: Context) -> None:
         world_model = context.path(context.parts.world_model)
         gate = gate_of(
             config.accept, context.log, shared["values"], world_model, uncertainty=config.imagine.uncertainty,
-            regret_share=config.select.regret_share, length=config.imagine.length, device=context.device,
+            regret_share=config.select.regret_share, length=config.imagine.length, device=context.here.device,
         )
         actor = context.path(context.parts.actor) if context.parts.actor else None
-        arguments = {**shared, "world_model": world_model, "planner": config.planner, "actor": actor, "gate": gate}
+        arguments = {
+            **shared, "place": context.place(), "world_model": world_model, "planner": config.planner, "actor": actor,
+            "gate": gate,
+        }  # fmt: skip
         tasks = [Task(f"shard {s.shard}", run_shard, {**arguments, "spec": s}) for s in missing]
         progress = ShardProgress(done, len(specs), context.engine.crew, context.listener)
         failed = context.engine.map_shards(tasks, lambda _, shard: progress.add(shard), progress.tick)

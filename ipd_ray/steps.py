@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipd_ray.artifacts import Artifact, Workspace, prefixed
+from ipd_ray.artifacts import Artifact, Workspace, numeric_platform, prefixed
 from ipd_ray.config import (
     AcceptConfig,
     ActorConfig,
@@ -332,6 +332,7 @@ def run_shard(
         "uncertainty": {f"{q:g}": float(np.quantile(segments.uncertainty, q)) for q in (0.1, 0.5, 0.9)},
         "reward_gain": float(gain.mean()),
         "terminated": int(segments.terminal.any(1).sum()),
+        "platform": numeric_platform(),
     }
     entry = write_shard(workspace.folder, spec.shard, segments, summary)
     return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).passed.sum())}
@@ -350,7 +351,8 @@ def finish_imagination(workspace: Workspace, shards: int) -> None:
         "steps": sum(e["steps"] for e in known),
     }
     workspace.folder.write_text("manifest.json", "\n".join(str(e["digest"]) for e in known))
-    workspace.describe(manifest_digest([e["digest"] for e in known]), manifest)
+    made_on = {"platform": known[0]["platform"]} if "platform" in known[0] else {}
+    workspace.describe(manifest_digest([e["digest"] for e in known]), manifest, **made_on)
 
 
 def read_segments(path: str) -> Segments:

@@ -167,6 +167,10 @@ def _check_swept(name: str, values: Any) -> None:
         raise UserError(f"space.{name}={values!r} must be a list of values, or {{low: ..., high: ..., log: true}}.")
     if isinstance(values, Mapping) and kind_of(name) is None:
         raise UserError(f"space.{name} is no number: give a list of values, not a range.")
+    if isinstance(values, Mapping) and kind_of(name) is int:
+        low, high = values.get("low"), values.get("high")
+        if isinstance(low, int | float) and isinstance(high, int | float) and math.ceil(low) > math.floor(high):
+            raise UserError(f"space.{name}={values!r} holds no whole number: widen it, or give a list of values.")
 
 
 def _plain(error: Any) -> str:

@@ -81,6 +81,11 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_here(device: str) -> str:
+    """Return the device, or cpu where this machine has no GPU: one that drives a cluster may have none."""
+    return "cpu" if device.startswith("cuda") and not torch.cuda.is_available() else device
+
+
 def exhaust(iterator: Iterator[tuple[int, dict[str, float]]]) -> dict[str, Any]:
     """Run a training to its end and return the last metrics."""
     last: dict[str, float] = {}

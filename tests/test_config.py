@@ -119,7 +119,7 @@ def test_later_layers_win(tmp_path: Path):
 def test_what_is_printed_reads_back_as_the_same_config(tmp_path: Path):
     words = [
         "values.learning_rate=1e-5", "ablations=[bc, no_imagination]", "accept.threshold=0.25", "runtime.wandb='off'",
-        "evaluate.environment=Pendulum-v1", "distill.target_return=-150", "seed=7",
+        "evaluate.environment=Pendulum-v1", "distill.prompt=fixed", "distill.target_return=-150", "seed=7",
     ]
     config = load(overrides=words)
     assert config != RunConfig()

@@ -88,6 +88,7 @@ def refused(*words: str) -> str:
         (["runtime.workers=2"], ["runtime.workers=2", "runtime.engine=ray"]),
         (["runtime.address=auto"], ["runtime.address='auto'", "runtime.engine=ray"]),
         (["runtime.device=cuda:99"], ["runtime.device='cuda:99'", "runtime.device=auto"]),
+        (["runtime.device=gpu", "runtime.engine=ray"], ["runtime.device='gpu'", "runtime.device=auto"]),
         (["runtime.device=gpu"], ["runtime.device='gpu'", "runtime.device=auto"]),
         (["world_model.termination=hoper"], ["hoper", "hopper"]),
         (["world_model.termination=no_such_module:ends"], ["no_such_module", "PYTHONPATH"]),

@@ -62,6 +62,7 @@ def test_the_five_questions_are_shipped() -> None:
     ("space: {seed: [0, 1]}", "seeds: N"),
     ("space: {runtime.workers: [1, 2]}", "changes nothing that is computed"),
     ("space: {planner.kind: {low: 0, high: 1}}", "space.planner.kind is no number"),
+    ("space: {planner.horizon: {low: 1.2, high: 1.8}}\nsampler: tpe\npoints: 2", "holds no whole number"),
     ("space: {distill.eta: 0.1}", "must be a list of values"),
     ("space: {distill.eta: {low: 0.0, high: 1.0}}", "sampler=grid takes lists"),
     ("space: {distill.eta: {low: 1.0, high: 0.0}}\nsampler: random\npoints: 2", "low=1 must be below high=0"),

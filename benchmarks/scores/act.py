@@ -12,7 +12,6 @@ has one, acts as it is.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class Acting:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", help="a run folder whose values and world model are there")
     parser.add_argument("--vary", action="append", default=[], help="settings of one planner, separated by blanks")
     parser.add_argument("--episodes", type=int, default=10)
     args = parser.parse_args()

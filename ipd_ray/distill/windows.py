@@ -73,9 +73,9 @@ def flatten(
     steps end, in order. Every accepted segment is spliced onto its real past: the K - 1 steps of the log before its
     start (fewer at an episode's beginning) are its context, timesteps count on, and only imagined steps are imitated.
 
-    accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the imagined
-    share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and (S, L)
-    imitation weight of the log's and of imagined steps.
+    accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the
+    imagined share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and
+    (S, L) imitation weight of the log's and of imagined steps.
     """
     t = log.transitions
     plans = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)

@@ -66,7 +66,7 @@ from ipd_ray.sweep import (
     sampler_of,
     trial_name,
 )
-from ipd_ray.training import resolve_device
+from ipd_ray.training import device_here, resolve_device
 
 TUNE = "ray"
 """Where in the sweep's folder Tune keeps its state while it runs; nothing is read from it later."""
@@ -621,8 +621,8 @@ class _Rungs(_Heard):
     def _score(self, tensors: dict[str, Any]) -> float:
         config, job = self._config, api.job_of(self._run, imagined=False)
         acting, described = job.acting(tensors)
-        device = resolve_device(config.runtime.device)
-        policy = Policy(described, acting, device)
+        device, shown = device_here(resolve_device(config.runtime.device)), config.evaluate
+        policy = Policy(described, acting, device, candidates=shown.candidates, candidate_std=shown.candidate_std)
         try:
             environment_maker(policy.spec, config.evaluate.environment)
             return float(evaluate(policy, config.evaluate)["return_mean"])

@@ -44,16 +44,22 @@ class Film:
     """False where time was up before the episode was over."""
 
 
-def film(policy: Path, environment: str | None, seed: int, max_steps: int | None, seconds: float = 25.0) -> Film | str:
+def film(
+    policy: Path, environment: str | None, seed: int, max_steps: int | None, *, candidates: int = 1,
+    candidate_std: float = 0.1, seconds: float = 25.0,
+) -> Film | str:
     """Return the film, or why there is none; never raises for what an environment does.
 
-    policy: a policy artifact. environment, seed, max_steps: as in the evaluation. seconds: what the episode may take.
+    policy: a policy artifact. environment, seed, max_steps, candidates, candidate_std: as in the evaluation. seconds:
+    what the episode may take.
     """
     task: dict[str, Any] = {
         "policy": str(policy),
         "environment": environment,
         "seed": seed,
         "max_steps": max_steps,
+        "candidates": candidates,
+        "candidate_std": candidate_std,
         "seconds": seconds,
     }
     if environment is None and not _environment_text(policy):
@@ -110,22 +116,26 @@ def _in_process(task: dict[str, Any], variables: dict[str, str], seconds: float)
 
 
 def record_or_reason(
-    policy: Path | str, environment: str | None, seed: int = 0, max_steps: int | None = None, seconds: float = 25.0
+    policy: Path | str, environment: str | None, seed: int = 0, max_steps: int | None = None, seconds: float = 25.0,
+    **ranked: Any,
 ) -> Film | str:
-    """Play one episode in this process; return the film, or why there is none."""
+    """Play one episode in this process; return the film, or why there is none. ranked: see `record`."""
     try:
-        return record(str(policy), environment, seed, max_steps, seconds)
+        return record(str(policy), environment, seed, max_steps, seconds, **ranked)
     except Exception as error:  # whatever a third party's renderer raises, the report is made
         text = str(error).strip().splitlines()
         return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
-def record(policy: str, environment: str | None, seed: int, max_steps: int | None, seconds: float) -> Film | str:
+def record(
+    policy: str, environment: str | None, seed: int, max_steps: int | None, seconds: float, *, candidates: int = 1,
+    candidate_std: float = 0.1,
+) -> Film | str:
     """Play one episode and keep evenly spaced frames."""
     from ipd_ray.evaluate.acting import Policy
     from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 
-    acting = Policy.load(policy, device="cpu")
+    acting = Policy.load(policy, device="cpu", candidates=candidates, candidate_std=candidate_std)
     try:
         make = environment_maker(acting.spec, environment, max_steps)
     except NoEnvironment as error:

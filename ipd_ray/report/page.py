@@ -144,8 +144,9 @@ def _headline(views: Sequence[View]) -> str:
         return None if promised is None or collected is None else f"{readable(promised)} against {readable(collected)}"
 
     def chosen(view: View) -> str | None:
-        kept = view.summary.get("chosen")
-        return f"{'with' if kept['variant'] == 'ipd' else 'without'} plans, {kept['step']:,} updates" if kept else None
+        kept, planned = view.summary.get("chosen"), view.summary.get("imagined")
+        made = "with" if kept and kept["variant"] == "ipd" and planned else "without"
+        return f"{made} plans, {kept['step']:,} updates" if kept else None
 
     add("Imagination", "policy kept", chosen, True)
     add("Imagination", "accepted segments", accepted, True)

@@ -406,7 +406,10 @@ def _film_section(view: View) -> str:
     which = (
         "The first evaluation episode" if returns is None else "The evaluation episode of median return, played again"
     )
-    found = film(folder, s.get("evaluate.environment"), seed, s.get("evaluate.max_steps"))
+    found = film(
+        folder, s.get("evaluate.environment"), seed, s.get("evaluate.max_steps"),
+        candidates=s.get("evaluate.candidates", 1), candidate_std=s.get("evaluate.candidate_std", 0.1),
+    )
     if not isinstance(found, Film):
         return remark(f"{NO_FILM} {escape(_without_paths(found))}.")
     frames = "".join(

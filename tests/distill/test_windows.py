@@ -32,7 +32,8 @@ def imagined(index: list[int], length: int, log: Log = LOG) -> Segments:
 
 def windows(
     segments: Segments, lengths: list[int], *, accepted: list[bool] | None = None, context: int = 4, log: Log = LOG,
-    weight: Any = None, plan_weight: Any = None, pass_rate: float | None = None, seed: int = 0, rank: int = 0, world: int = 1, **config: Any,
+    weight: Any = None, plan_weight: Any = None, pass_rate: float | None = None, seed: int = 0, rank: int = 0,
+    world: int = 1, **config: Any,
 ) -> Windows:
     T = len(log.transitions)
     prompts = Prompts(
