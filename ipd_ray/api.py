@@ -20,7 +20,7 @@ from ipd_ray.checks import (
     ray_engine,
     remarks,
 )
-from ipd_ray.config import RunConfig, as_yaml, build
+from ipd_ray.config import RunConfig, as_yaml, build, flatten
 from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
@@ -50,6 +50,7 @@ def run(
     """Run the method on a dataset and return what `summary.json` holds.
 
     dataset: a Minari id, local or remote, or `demo`.
+    config: the full sizes where not given; `load_config("gym-small")` gives those of a preset.
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
     until: the last step: values, world_model, reach, actor, imagine, distill, choose, fitted_q or evaluate.
@@ -62,6 +63,8 @@ def run(
         PartialError: some shards could not be imagined; the rest is kept.
     """
     config = config or RunConfig()
+    if not isinstance(config, RunConfig):
+        raise UserError(f"config={config!r} must be a RunConfig: load_config({config!r}) if that is a preset's name.")
     folder = run_folder(dataset, config, run_dir)
     store = store_of(config, folder)
     others = Listeners(listeners)
@@ -101,7 +104,7 @@ def plan(
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
         "total": total(context, rows, workers),
-        "remarks": remarks(config, context.transitions),
+        "remarks": [*_replaced(folder, config), *remarks(config, context.transitions)],
     }
 
 
@@ -233,6 +236,7 @@ class _Begun:
         folder.pull(["run.log"])  # this run writes on
         folder.path.mkdir(parents=True, exist_ok=True)
         records = recorders(config, folder.path, transitions.spec.dataset)  # may be refused, before anything is removed
+        replaced = _replaced(folder, config)
         self._describe()
         if folder.remote:
             records.append(_Sender(folder))
@@ -246,7 +250,7 @@ class _Begun:
                 f"{transitions.spec.dataset}: {transitions.episodes:,} episodes, {len(transitions):,} steps; seed "
                 f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {near(folder)}"
             )
-            for remark in remarks(config, transitions):
+            for remark in [*replaced, *remarks(config, transitions)]:
                 heard.note(f"note: {remark}")
             try:
                 run_until(context, self.until)
@@ -318,6 +322,20 @@ class _Begun:
             if artifact is not None:
                 for row in _curve(artifact):
                     yield {"part": part.name, **{name: value for name, value in row.items() if name != "time"}}
+
+
+def _replaced(folder: Folder, config: RunConfig) -> list[str]:
+    """What a run that is finished loses to one of other settings."""
+    if not folder.exists(SUMMARY):
+        return []
+    before, now = RunFolder(folder).config, flatten(config.model_dump(mode="json"))
+    changed = [f"{n} {before.get(n)} before, now {now[n]}" for n in now
+               if not n.startswith("runtime.") and before.get(n) != now[n]]  # fmt: skip
+    if not changed:
+        return []
+    more = f" and {len(changed) - 2} more" * (len(changed) > 2)
+    return [f"{near(folder)} holds a finished run of other settings ({'; '.join(changed[:2])}{more}): its summary and "
+            "policy are replaced; another --run-dir keeps both."]  # fmt: skip
 
 
 def _curve(artifact: Artifact) -> Iterator[dict[str, Any]]:

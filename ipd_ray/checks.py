@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium.spaces.utils import flatdim
 
@@ -20,6 +23,7 @@ from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import IDENTITY, RunFolder, human_bytes
 from ipd_ray.storage import Folder, probe
+from ipd_ray.training import device_here, resolve_device
 from ipd_ray.world_model.termination import resolve
 
 NO_SPEC = Spec("", {}, [], [], [], "")
@@ -45,8 +49,8 @@ def check_config(config: RunConfig) -> None:
 
 
 def check_device(name: str, *, here: bool = True) -> None:
-    """Raise UserError for a torch device that does not exist, or is not `here`: a cluster's nodes may have GPUs that the
-    machine which drives them has not."""
+    """Raise UserError for a torch device that does not exist, or is not `here`: a cluster's nodes may have GPUs which
+    the machine that drives them has not."""
     if name == "auto":
         return
     try:
@@ -175,6 +179,12 @@ def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
             f"data.discount=auto is {fitting:g}: by {DISCOUNTS[0]:g} episodes that return far less than others would "
             "count as the best."
         )
+    out += log_remarks(transitions)
+    full = RunConfig()
+    if device_here(resolve_device(config.runtime.device)) == "cpu" and config.runtime.engine == "local" and (
+        config.values.updates >= full.values.updates and config.distill.updates >= full.distill.updates
+    ):
+        out.append("these are full-size settings, for a GPU: --preset gym-small, or demo for small tasks, suit a CPU.")
     if config.distill.warmup >= config.distill.updates:
         out.append(
             f"distill.warmup={config.distill.warmup} is not below distill.updates={config.distill.updates}: the step "
@@ -183,10 +193,49 @@ def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
     if config.distill.imagined_ratio == 0 and "no_imagination" in config.ablations:
         out.append("ablations: no_imagination is the policy itself, since distill.imagined_ratio=0.")
     try:
-        environment_maker(transitions.spec, config.evaluate.environment)
+        make = environment_maker(transitions.spec, config.evaluate.environment)
     except NoEnvironment as error:
         out.append(f"there will be no evaluation: {error}.")
+    else:
+        if config.evaluate.environment:
+            out += _bounds_remark(make, transitions.spec)
     return out
+
+
+def log_remarks(transitions: Transitions) -> list[str]:
+    """What is allowed in a log but hardly meant."""
+    out = []
+    t = transitions
+    ended = t.episode_length[t.terminal[t.episode_start[1:] - 1]]
+    longest = int(t.episode_length.max())
+    if len(ended) >= 10 and longest > 1 and (at_limit := float((ended == longest).mean())) >= 0.9:
+        out.append(
+            f"{at_limit:.0%} of the episodes that terminate do so after exactly {longest} steps: if that is a limit of "
+            "time, they are truncated, not terminated, and nothing may be learned of an end there."
+        )
+    first = float(t.reward[0])
+    if (t.reward == t.reward[0]).all() and (first == 0.0 or not t.terminal.any()):
+        out.append(f"every reward is {first:g}: nothing tells a good action from a bad one.")
+    return out
+
+
+def _bounds_remark(make: Callable[..., Any], spec: Spec) -> list[str]:
+    env = make()
+    space = env.action_space
+    env.close()
+    low, high = (np.asarray(b, np.float64).reshape(spec.action_shape) for b in (spec.action_low, spec.action_high))
+    slack = 1e-3 * (high - low)
+    if (space.low >= low - slack).all() and (space.high <= high + slack).all():
+        return []
+    return [
+        f"evaluate.environment takes actions from {_short(space.low)} to {_short(space.high)}, the log's lie from "
+        f"{_short(low)} to {_short(high)}: the policy never acts beyond these. Import the log with --env, or with "
+        "--action-low and --action-high, if they are the data's own."
+    ]
+
+
+def _short(bound: Any) -> str:
+    return ", ".join(f"{x:.3g}" for x in np.ravel(bound)[:4]) + (", ..." if np.size(bound) > 4 else "")
 
 
 def explain_os_error(error: OSError) -> str | None:
@@ -198,9 +247,10 @@ def explain_os_error(error: OSError) -> str | None:
             "command again; it goes on."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hidden = isinstance(what, str) and Path(what).name.startswith(".")  # on its way to its own name
         return (
-            f"no permission to write {what}: choose a place of your own with --run-dir, and runtime.store=FOLDER for "
-            "what runs share."
+            f"no permission to write {Path(what).parent if hidden else what}: choose a place of your own (--run-dir "
+            "for a run, and runtime.store=FOLDER for what runs share; -o for a report; MINARI_DATASETS_PATH for data)."
         )
     if error.errno in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS) and error.filename:
         return (

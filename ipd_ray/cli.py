@@ -77,6 +77,9 @@ def answers(command: F) -> F:
                 raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
             if not isinstance(error, Exception):
                 raise
+            if isinstance(error, BrokenPipeError):  # who reads has gone, such as `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(128 + signal.SIGPIPE) from None
             raise typer.Exit(_explain(error)) from None
 
     return answering  # type: ignore[return-value]
@@ -364,7 +367,7 @@ def _sweep_table(answer: Mapping[str, Any]) -> str:
     saved = sum(r["saved"] for r in answer["reuse"])
     lines += ["", f"{_seconds(answer['seconds'])} now; apart, the trials would have taken {_seconds(saved)} more"]
     if answer["best"]:
-        lines.append(f"best        ipd-ray run {answer['dataset']} --config {folder}/best.yaml")
+        lines.append(f"best        ipd-ray run {answer['dataset']} --config {folder}/best.yaml --run-dir {folder}-best")
     lines.append(f"report      {folder}/report.html")
     return "\n".join(lines)
 
@@ -514,6 +517,7 @@ def data_import(
     check_id(name)
     if (datasets_path() / name).exists():
         raise UserError(f"--id {name} exists in {datasets_path()}: choose another id, such as the next -v number.")
+    importer.check_scores(ref_min_score, ref_max_score)
     log = importer.read(
         file, mapping=importer.parse_mapping(",".join(mapping or ())), env_id=env,
         action_low=_numbers("--action-low", action_low), action_high=_numbers("--action-high", action_high),

@@ -559,7 +559,15 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterato
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: off and no are text, 3e-4 is a number."""
+    """YAML 1.2's scalars: off and no are text, 3e-4 is a number. A name stands once in a mapping."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -25,6 +25,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, PositiveInt, ValidationError, model_validator
+from yaml import YAMLError
 
 from ipd_ray.config import RunConfig, Section, build, field_names, flatten, from_yaml, read_yaml
 from ipd_ray.errors import UserError, near_name
@@ -132,7 +133,7 @@ def read_question(path: Path) -> Question:
     except FileNotFoundError:
         near = near_name(path.name, [other.name for other in path.parent.glob("*.yaml")])
         raise UserError(f"{path} does not exist: tune_configs/ holds sweeps to start from.{near}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold a mapping with `space`, not {type(content).__name__}.")

@@ -210,7 +210,11 @@ def test_another_seed_leaves_no_policy_of_the_one_before(place: Path) -> None:
     run(LOG, settings(), run_dir=folder)
     run(LOG, settings(), run_dir=folder, until="values")  # the same run, looked at again
     assert (folder / "policy").exists() and (folder / "report.html").exists()
-    run(LOG, settings("seed=6"), run_dir=folder, until="values")
+    planned = plan(LOG, settings("seed=6"), run_dir=folder, until="values")["remarks"]
+    heard = Heard()
+    run(LOG, settings("seed=6"), run_dir=folder, until="values", listeners=[heard])
+    for said in (" ".join(planned), " ".join(heard.notes)):
+        assert "runs/changed holds a finished run of other settings (seed 0 before, now 6): its summary and" in said
     assert not (folder / "policy").exists()
     with pytest.raises(UserError, match="no policy"):
         Policy.load(folder)

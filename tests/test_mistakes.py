@@ -250,6 +250,14 @@ def test_what_is_asked_for_is_not_installed(
     assert word.partition("=")[0] in said and remedy in said
 
 
+def test_yaml_that_cannot_be_read_is_named() -> None:
+    Path("cut.yaml").write_text("space:\n  distill.eta: [0.1")
+    Path("twice.yaml").write_text("planner:\n  horizon: 8\nplanner:\n  kind: mpc\n")
+    assert "cut.yaml cannot be read as YAML" in refused("tune", "cut.yaml", "--dataset", LOG)
+    said = refused("run", LOG, "--config", "twice.yaml")
+    assert "twice.yaml" in said and "'planner' stands there twice" in said
+
+
 def test_an_unknown_run() -> None:
     Path("runs/mine").mkdir(parents=True)
     Path("runs/mine/run.json").write_text('{"schema": 1}')
@@ -270,7 +278,9 @@ def test_nobody_can_answer() -> None:
         (["data", "show", LOG, "--plot", "x.doc"], "png, svg"),
         (["data", "show", LOG, "--plot", "nowhere/x.png"], "does not exist"),
         (["data", "import", "log.npz", "--id", "my log"], "my-log-v0"),
+        (["data", "import", "log.npz", "--id", "t/ok-v0"], "two characters or more: use 'my/ok-v0'"),
         (["data", "import", "log.npz", "--id", LOG], "exists in"),
+        (["data", "import", "log.npz", "--id", "my/log-v0", "--ref-min-score", "3"], "ref_max_score=None: give both"),
         (["data", "import", "log.npz", "--id", "my/log-v0"], "does not exist"),
         (["data", "import", "log.npz", "--id", "my/log-v0", "--action-low", "a"], "one a dimension"),
         (["data", "import", "log.npz", "--id", "my/log-v0", "--map", "observations"], "field=column"),

@@ -175,5 +175,8 @@ def check_id(dataset_id: str) -> str:
     if match is None or match["version"] is None:
         name = re.sub(r"[^-\w/]+", "-", dataset_id).strip("-/") or "my/log"
         name = name if re.search(r"-v\d+$", name) else f"{name}-v0"
-        raise UserError(f"dataset id {dataset_id!r} must have the form (namespace/)name-vN: use {name!r}.")
+        form = "the form (namespace/)name-vN"
+        if DATASET_ID_RE.fullmatch(name) is None:  # Minari's namespaces have two characters at least
+            form, name = f"{form}, a namespace of two characters or more", f"my/{name.rpartition('/')[2]}"
+        raise UserError(f"dataset id {dataset_id!r} must have {form}: use {name!r}.")
     return dataset_id

@@ -48,6 +48,11 @@ Array = NDArray[Any]
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "episode_ids")
 ALIASES = {"terminals": "terminations", "timeouts": "truncations", "episode_ids": "episode_id"}
+USUAL = {
+    "observations": ("obs", "observation", "states", "state"), "actions": ("action", "acts", "act"),
+    "rewards": ("reward", "rews", "rew"), "terminals": ("terminated", "terminal", "dones", "done"),
+}
+"""Names that a column may have elsewhere: asked about, never taken for granted."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +148,7 @@ def write(
     ref_min_score, ref_max_score: raw returns that count as 0 and 100; both or none.
     """
     check_id(dataset_id)
-    scores = None
-    if ref_min_score is not None or ref_max_score is not None:
-        if ref_min_score is None or ref_max_score is None or not ref_min_score < ref_max_score:
-            raise UserError(
-                f"ref_min_score={ref_min_score} must be below ref_max_score={ref_max_score}: give both or none of them."
-            )
-        scores = (ref_min_score, ref_max_score)
+    scores = check_scores(ref_min_score, ref_max_score)
     low, high = log.action_low, log.action_high
     dtype: Any = log.actions[0].dtype
     write_minari(
@@ -163,6 +162,15 @@ def write(
         ref_scores=scores,
     )
     return dataset_id
+
+
+def check_scores(low: float | None, high: float | None) -> tuple[float, float] | None:
+    """Return the reference scores, None where there are none. Raises UserError for one alone, or the wrong order."""
+    if low is None and high is None:
+        return None
+    if low is None or high is None or not low < high:
+        raise UserError(f"ref_min_score={low} must be below ref_max_score={high}: give both or none of them.")
+    return low, high
 
 
 def _spread(values: Array) -> dict[str, float]:
@@ -211,9 +219,17 @@ def _pick(file: str, names: list[str], mapping: dict[str, str]) -> dict[str, str
         if found is not None:
             chosen[field] = found
         elif field in mapping or field in REQUIRED:
+            groups = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == candidates[0]}
+            if len(groups) > 1:
+                raise UserError(
+                    f"{file}: {candidates[0]} lie in {len(groups)} groups ({', '.join(sorted(groups)[:3])}, ...), as "
+                    "if grouped by episode: join them into one array a field, with a column of episode_ids."
+                )
+            usual = next((name for name in USUAL.get(field, ()) if name in names), None)
+            near = f" Did you mean {usual!r}?" if usual and field not in mapping else near_name(candidates[0], names)
             raise UserError(
                 f"{file}: column {candidates[0]!r} is missing; there are {', '.join(names[:20]) or 'none'}."
-                f"{near_name(candidates[0], names)} Name it with --map {field}=COLUMN."
+                f"{near} Name it with --map {field}=COLUMN."
             )
     return chosen
 
@@ -422,6 +438,23 @@ def _bounds(
     return least, most, source
 
 
+def _check_order(file: str, ids: Array) -> None:
+    """Raise UserError where rows of several episodes are mixed: ids come back, and most rows change them.
+
+    An id that comes back after many rows is another episode: files that were joined each count from 0.
+    """
+    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    lengths = np.diff(np.append(starts, len(ids)))
+    first: dict[Any, int] = {}
+    for start in starts.tolist():
+        if (name := ids[start].item()) in first and (lengths == 1).mean() >= 0.5:
+            raise UserError(
+                f"{file}: episode_ids {name!r} of row {first[name]} comes back in row {start}, and most rows change "
+                "the id: rows of an episode must lie together, in order; sort them by episode and step."
+            )
+        first[name] = start
+
+
 def _episodes(
     file: str, log: dict[str, Array], notes: list[str]
 ) -> tuple[list[Array], list[Array], list[Array], list[bool]]:
@@ -433,7 +466,10 @@ def _episodes(
     if "episode_ids" in log:
         ids = log["episode_ids"]
         ends[:-1] |= ids[1:] != ids[:-1]
-    if not ends[: rows - 1].any():
+        _check_order(file, ids)
+    if ends[-1] and not ends[:-1].any():
+        raise UserError(f"{file}: a single episode, of {rows} rows: log at least 2, since one is held out.")
+    if not ends[:-1].any():
         raise UserError(
             f"{file}: no episode ends within {rows} rows: add a column of timeouts or episode_ids (or map it, such as "
             "--map timeouts=done_by_limit)."

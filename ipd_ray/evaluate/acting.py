@@ -100,16 +100,35 @@ class Policy:
 
         reward: of the step before, raw; lowers the target of prompt=fixed as it is collected, not looked at otherwise.
         """
-        try:
-            flat = self.spec.flatten_observation(observation)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            known = self._model.observation_mean.shape[0]
-            raise UserError(
-                f"act(observation): of shape {np.shape(observation)}, but the policy knows {known} entries "
-                f"({self.spec.observation_space}): give one observation of its environment, or a batch."
-            ) from error
+        flat = self._flattened("act", observation)
         raw = self.act_flat(np.atleast_2d(flat), reward)
         return raw[0] if flat.ndim == 1 else raw
+
+    def _flattened(self, method: str, observation: Any) -> Floats:
+        """Observations as (O,) or (n, O). Raises UserError for what is none: one NaN would stay in the context."""
+        if isinstance(observation, tuple) and len(observation) == 2 and isinstance(observation[1], dict):
+            raise UserError(f"{method}(observation): (observation, info), as reset() returns them: give the first.")
+        try:
+            flat = self.spec.flatten_observation(observation)
+            if flat.ndim > 2:
+                raise ValueError(f"{flat.ndim} axes")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            known = self._model.observation_mean.shape[0]
+            try:
+                given = f"shape {np.shape(observation)}"
+            except ValueError:  # a list of unlike things
+                given = f"type {type(observation).__name__}"
+            raise UserError(
+                f"{method}(observation): of {given}, but the policy knows {known} entries "
+                f"({self.spec.observation_space}): give one observation of its environment, or a batch."
+            ) from error
+        if not (finite := np.isfinite(flat)).all():
+            entry = tuple(int(i) for i in np.argwhere(~finite)[0])
+            raise UserError(
+                f"{method}(observation): entry {entry} is {flat[entry]}: repair the observation, or call reset() where "
+                "the episode is over."
+            )
+        return flat
 
     def act_flat(self, observation: Floats, reward: Any = None) -> NDArray[Any]:
         """As `act`, for a batch of observations that are flattened already, (n, O)."""
@@ -120,12 +139,16 @@ class Policy:
             raise UserError(f"act(observation): {len(s)} environments after {self._rows}: call reset() between them.")
         if reward is not None:
             collected = torch.as_tensor(np.atleast_1d(np.asarray(reward, np.float32)), device=self._device)
+            if collected.shape != self._asked.shape:
+                raise UserError(
+                    f"act(reward): of shape {tuple(collected.shape)} for {self._rows} environments: give one each."
+                )
             self._asked -= torch.where(self._steps > 0, collected, 0.0)  # not what ended an episode before a reset
         return self.spec.unscale_action(self._decide(s).cpu().numpy())
 
     def value(self, observation: Any) -> NDArray[np.float32]:
         """Return V of observations in raw reward units (discounted)."""
-        s = torch.from_numpy(self.spec.flatten_observation(observation)).to(self._device)
+        s = torch.from_numpy(self._flattened("value", observation)).to(self._device)
         return np.asarray(self._values.v(s).cpu().numpy() / self.reward_scale, np.float32)
 
     @torch.no_grad()

@@ -150,7 +150,9 @@ def test_a_dataset_is_not_written_over(tmp_path: Path):
         write(log, "my/log-v0")
 
 
-@pytest.mark.parametrize(("name", "better"), [("my log", "my-log-v0"), ("a/b", "a/b-v0"), ("../x-v0", "x-v0")])
+@pytest.mark.parametrize(
+    ("name", "better"), [("my log", "my-log-v0"), ("a/b", "my/b-v0"), ("ab/c", "ab/c-v0"), ("../x-v0", "x-v0")]
+)
 def test_a_malformed_id_gets_a_proposal(name: str, better: str, tmp_path: Path):
     with pytest.raises(UserError, match=f"use '{better}'"):
         write(read(npz(tmp_path), **BOUNDS), name)
@@ -297,6 +299,16 @@ def test_gymnasiums_names_need_no_mapping(tmp_path: Path):
         ),
         ({"terminals": np.full(8, 2.0)}, "terminals must be true or false"),
         ({"terminals": np.zeros(8, bool), "timeouts": None}, "no episode ends within 8 rows: add a column of timeouts"),
+        (
+            {"terminals": np.arange(8) == 7, "timeouts": None},
+            "a single episode, of 8 rows: log at least 2",
+        ),
+        (
+            {"episode_ids": np.array([0, 7, 0, 7, 0, 7, 0, 7])},
+            "episode_ids 0 of row 0 comes back in row 2, .*sort them by episode and step",
+        ),
+        ({"rewards": None, "rew": np.zeros(8)}, "Did you mean 'rew'"),
+        ({"terminals": None, "done": np.zeros(8)}, "Did you mean 'done'.* --map terminals=COLUMN"),
         ({"actions": np.arange(8)}, "actions are int64, must be floating point"),
         ({"observations": np.zeros((8, 4, 4), np.uint8)}, "are images"),
         ({"observations": np.full((8, 2), "x")}, "must be numbers"),
@@ -308,6 +320,20 @@ def test_gymnasiums_names_need_no_mapping(tmp_path: Path):
 def test_a_log_that_cannot_be_meant_is_refused(changes: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(UserError, match=message):
         read(npz(tmp_path, **changes), **BOUNDS)
+
+
+def test_files_grouped_by_episode_are_told_from_a_typo(tmp_path: Path):
+    with h5py.File(tmp_path / "log.h5", "w") as file:
+        for episode in range(3):
+            for name, column in rows().items():
+                file[f"episode_{episode}/{name}"] = column
+    with pytest.raises(UserError, match=r"observations lie in 3 groups \(episode_0, episode_1, .*join them"):
+        read(tmp_path / "log.h5", **BOUNDS)
+
+
+def test_an_id_that_comes_back_after_many_rows_is_another_episode(tmp_path: Path):
+    log = read(npz(tmp_path, timeouts=None, episode_ids=np.array([0, 0, 0, 1, 1, 1, 0, 0])), **BOUNDS)
+    assert log.terminated == [True, False, False]  # two files, each counted from 0, were joined
 
 
 def test_pickles_are_never_opened(tmp_path: Path):

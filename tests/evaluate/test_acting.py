@@ -215,6 +215,35 @@ def test_an_observation_of_another_size_is_refused(shape: Any):
         policy_of().act(np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize(
+    ("observation", "said"),
+    [
+        ((np.zeros(3), {}), "as reset\\(\\) returns them: give the first"),
+        (np.zeros((2, 5, 3)), "of shape \\(2, 5, 3\\)"),
+        ([[0.0, 1.0], [2.0]], "of type list"),
+        (["a", "b", "c"], "of shape \\(3,\\)"),
+        ([0.0, np.inf, 0.0], "entry \\(1,\\) is inf"),
+        ([[0.0, 0.0, 0.0], [0.0, np.nan, 0.0]], "entry \\(1, 1\\) is nan"),
+    ],
+)
+@pytest.mark.parametrize("method", ["act", "value"])
+def test_what_is_no_observation_is_refused_and_leaves_no_trace(observation: Any, said: str, method: str):
+    policy, fresh = policy_of(), policy_of()
+    steps = walk(3, 1)[:, 0]
+    first = policy.act(steps[0])
+    with pytest.raises(UserError, match=rf"{method}\(observation\): .*{said}"):
+        getattr(policy, method)(observation)
+    assert np.array_equal(first, fresh.act(steps[0]))
+    assert np.array_equal(policy.act(steps[1]), fresh.act(steps[1]))
+
+
+def test_rewards_are_one_for_each_environment():
+    policy = policy_of(prompt="fixed", target=9.0)
+    policy.act(walk(1, 2)[0])
+    with pytest.raises(UserError, match=r"act\(reward\): of shape \(3,\) for 2 environments"):
+        policy.act(walk(1, 2)[0], reward=[1.0, 2.0, 3.0])
+
+
 def test_a_new_episode_begins_with_the_whole_target():
     # A loop over vectorised environments: act(observation, reward) with the reward of the step that ended an episode.
     s = walk()

@@ -1,0 +1,78 @@
+"""What is said of a run before it begins, where it is allowed but hardly meant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from method_fixtures import log_of
+
+from ipd_ray.checks import log_remarks, remarks
+from ipd_ray.config import RunConfig, load
+from ipd_ray.data.transitions import Transitions
+
+
+def transitions(
+    lengths: list[int], *, reward: float | None = None, terminated: bool = True, low: float = -2.0, high: float = 2.0
+) -> Transitions:
+    rng = np.random.default_rng(0)
+    return replace_bounds(
+        log_of([
+            (
+                rng.normal(size=(n + 1, 3)), rng.uniform(-1, 1, (n, 1)),
+                rng.normal(size=n) if reward is None else np.full(n, reward), terminated,
+            )
+            for n in lengths
+        ]).transitions, low, high,
+    )  # fmt: skip
+
+
+def replace_bounds(t: Transitions, low: float, high: float) -> Transitions:
+    return replace(t, spec=replace(t.spec, action_low=[low], action_high=[high], action_shape=[1]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "terminated", "said"),
+    [
+        ([30] * 19 + [12], True, "95% of the episodes that terminate do so after exactly 30 steps"),
+        ([30] * 17 + [12] * 3, True, None),  # some fail before
+        ([30] * 20, False, None),
+        ([30] * 9, True, None),  # too few to tell
+        ([1] * 20, True, None),  # bandits
+    ],
+)
+def test_limits_of_time_that_are_logged_as_terminations(lengths: list[int], terminated: bool, said: str | None):
+    found = log_remarks(transitions(lengths, terminated=terminated))
+    assert found == [] if said is None else said in " ".join(found)
+
+
+@pytest.mark.parametrize(
+    ("reward", "terminated", "said"),
+    # 1 a step until a failure: who lives longer is better.
+    [(0.0, True, True), (0.0, False, True), (1.0, False, True), (1.0, True, False), (None, False, False)],
+)
+def test_rewards_that_tell_nothing(reward: float | None, terminated: bool, said: bool):
+    found = log_remarks(transitions([20, 30, 25], reward=reward, terminated=terminated))
+    assert ("nothing tells a good action from a bad one" in " ".join(found)) == said
+
+
+@pytest.mark.parametrize(("bounds", "said"), [((0.0, 1.0), True), ((-2.0, 2.0), False), ((-3.0, 3.0), False)])
+def test_an_environment_whose_actions_reach_farther_than_the_log_s(bounds: tuple[float, float], said: bool):
+    config = load("demo", overrides=["evaluate.environment=Pendulum-v1"])
+    found = " ".join(remarks(config, transitions([20, 30], low=bounds[0], high=bounds[1])))
+    assert ("takes actions from -2 to 2, the log's lie from 0 to 1" in found) == said
+
+
+def test_full_sizes_on_a_cpu_are_remarked_on():
+    t = transitions([20, 30])
+    assert "--preset gym-small" in " ".join(remarks(RunConfig.model_validate({"runtime": {"device": "cpu"}}), t))
+    assert "--preset gym-small" not in " ".join(remarks(load("gym-small", overrides=["runtime.device=cpu"]), t))
+
+
+def test_who_stops_reading_gets_no_traceback():
+    command = f"{sys.executable} -m ipd_ray.cli config | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141) and done.stderr == "" and done.stdout.count("\n") == 1
