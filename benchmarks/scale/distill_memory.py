@@ -57,7 +57,7 @@ def material(steps: int) -> Material:
     )
     prompts = Prompts(np.ones(T, np.float32), numbers)
     return Material(
-        log, segments, np.ones(S, bool), np.full(S, LENGTH), prompts, np.ones(T, np.float32), numbers, 1.0
+        log, segments, np.ones(S, bool), np.full(S, LENGTH), 1.0, prompts, np.ones(T, np.float32), numbers, 1.0
     )
 
 

@@ -79,7 +79,7 @@ def _parallel(bench: Bench) -> Iterator[tuple[str, dict[str, Any]]]:
     from bench import installed, say
 
     counts = [n for n in (1, 2, 4, 8) if n <= (os.cpu_count() or 1)]
-    dataset = bench.dataset(10_000)["dataset"]
+    dataset = bench.dataset(100_000)["dataset"]
     kinds = [("actors", "local"), *((kind, "ray") for kind in ("actors", "workers") if installed("ray"))]
     if len(kinds) == 1:
         say("  SKIPPED: curves over Ray's actors and workers: ray is not installed")

@@ -301,7 +301,7 @@ def material_of(log: Log) -> Any:
     segments, steps = _no_segments(log), len(log.transitions)
     prompts = Prompts(log.return_parts[0], np.zeros((0, segments.length), np.float32))
     return Material(
-        log, segments, np.zeros(0, bool), np.zeros(0, np.int64), prompts, np.ones(steps, np.float32),
+        log, segments, np.zeros(0, bool), np.zeros(0, np.int64), 0.0, prompts, np.ones(steps, np.float32),
         np.zeros((0, segments.length), np.float32), 1.0,
     )  # fmt: skip
 

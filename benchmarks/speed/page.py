@@ -254,23 +254,25 @@ def _curve_panel(ax: Axes, name: str, points: Mapping[str, Any]) -> None:
     ax.plot(points["x"], [factor * s for s in points["seconds"]], marker="o", markersize=3.5, color="#0072b2")
     ax.set_xlabel(axis)
     ax.set_ylabel(unit)
-    ax.set_ylim(bottom=0)
-    if points["x"][-1] >= 1000:
+    if points["x"][-1] >= 10 * points["x"][0]:  # both by powers: a straight line of slope 1 is growth in proportion
         ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.minorticks_off()
     else:
-        ax.set_xticks(points["x"])
+        ax.set_ylim(bottom=0)
+    ax.set_xticks(points["x"], [f"{x:,}" for x in points["x"]])
 
 
 def _memory_panel(ax: Axes, bytes_of: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
-    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
-    for (step, by_size), colour in zip(bytes_of.items(), colours, strict=False):
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
+    for (step, by_size), colour in zip(bytes_of.items(), colours, strict=True):
         sizes = sorted(by_size, key=int)
         ax.plot([int(s) for s in sizes], [sum(by_size[s].values()) / 1e9 for s in sizes], marker="o", markersize=3.5,
                 label=step, color=colour)  # fmt: skip
     ax.set_xlabel("transitions")
     ax.set_ylabel("GB at most")
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize=7)
+    ax.legend(frameon=False, fontsize=6.5, ncol=2, loc="lower right")
 
 
 # ---- the page

@@ -2,7 +2,7 @@
 
     python benchmarks/speed/parallel.py actors local made-up/steps-v0 DIR 1,2
 
-Prints the seconds of an imagined step, or of a distilled window, for each count. What starts an actor or a worker is
+Prints the seconds of an imagined step (by gradient plans), or of a distilled window, for each count. What starts an actor or a worker is
 left out: imagination counts from its second shard on, distillation from its second line.
 """
 
@@ -19,7 +19,8 @@ from ipd_ray.api import run
 from ipd_ray.config import RunConfig
 from ipd_ray.progress import Listener
 
-SHARD, SHARDS = 50, 10
+SHARD, SHARDS, LENGTH = 50, 10, 20
+"""Segments of a shard, shards, and steps of a segment: short enough that a log of 100,000 steps has room for all."""
 WINDOWS = 64
 """Of a batch."""
 
@@ -55,7 +56,10 @@ def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 def main(kind: str, engine: str, dataset: str, folder: str, counts: str) -> None:
     """Each count needs a key of its own, so a number that hardly matters varies."""
-    small = changed(settings(), imagine={"shard_size": SHARD}, select={"starts": SHARD * SHARDS})
+    small = changed(
+        settings(), planner={"kind": "gradient"}, imagine={"shard_size": SHARD, "length": LENGTH},
+        select={"starts": SHARD * SHARDS},
+    )  # fmt: skip
     run(dataset, small, run_dir=f"{folder}/run", until="imagine")  # what all share
     found = []
     for i, count in enumerate(map(int, counts.split(","))):
@@ -69,7 +73,7 @@ def main(kind: str, engine: str, dataset: str, folder: str, counts: str) -> None
                              runtime={"workers": count, "engine": engine, "train_threads": 1})  # fmt: skip
         listeners: list[Listener] = [clock]
         run(dataset, config, run_dir=str(Path(folder) / f"{kind}-{engine}-{count}"), until=until, listeners=listeners)
-        items = SHARD * config.imagine.length if kind == "actors" else WINDOWS
+        items = SHARD * LENGTH if kind == "actors" else WINDOWS
         found.append(clock.seconds(count - 1 if kind == "actors" else 4) / items)
     print(*found)
 
