@@ -17,6 +17,26 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 SCHEMA = 1
+RUNGS = {
+    "bc": "imitation of the log, nothing else",
+    "dt": "Decision Transformer: the prompt is a target return",
+    "iql": "implicit Q-learning: step 1's own policy",
+    "v_prompt": "imitation with the learned value as prompt",
+    "value_guided": "the preset's weighting of log and Q, without imagination",
+    "value_guided_chosen": "its policy that does best inside the world model",
+    "greedy_q": "imagination without look-ahead: the candidate action with the best Q",
+    "ipd_last": "the method, the last policy that was distilled",
+    "ipd": "the method: the policy that does best inside the world model",
+    "ipd_ranked": "the method, its actions ranked by Q at run time",
+}
+PEERS = {
+    "d3rlpy-bc": "d3rlpy's behaviour cloning",
+    "d3rlpy-iql": "d3rlpy's IQL",
+    "d3rlpy-td3bc": "d3rlpy's TD3+BC",
+    "d3rlpy-cql": "d3rlpy's CQL",
+    "d3rlpy-dt": "d3rlpy's Decision Transformer",
+}
+"""Methods in the order of the tables: what each rung of the ladder adds to the one before, and peers."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import RESULTS, Result, Score, commit, path_of, write
+from results import PEERS, RESULTS, RUNGS, Result, Score, commit, path_of, write
 
 from ipd_ray import config as configs
 from ipd_ray import run
@@ -44,7 +44,7 @@ PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 LAST = {"choose.episodes": 0}
 LOG_ALONE = {"distill.imagined_ratio": 0.0}
 PLAIN = {**LOG_ALONE, **LAST, "distill.eta": 0.0, "distill.data_temperature": 0.0}
-RUNGS: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "bc": {**PLAIN, "distill.prompt": "none"},
     "dt": {**PLAIN, "distill.prompt": "fixed"},
     "iql": {},
@@ -56,13 +56,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "ipd": {},
     "ipd_ranked": {"evaluate.candidates": 32},
 }
-"""What each rung changes of the preset.
-
-bc: imitation alone; dt: return prompts; iql: step 1's own policy; v_prompt: the learned value as prompt; value_guided:
-as the preset weighs the log and Q, without imagination; value_guided_chosen: of its policies, the one that does best
-inside the world model; greedy_q: imagination without look-ahead; ipd_last: the last policy that was distilled; ipd: the
-method, whose policy is chosen inside the world model; ipd_ranked: its actions ranked by Q at run time."""
-PEERS = ("d3rlpy-bc", "d3rlpy-iql", "d3rlpy-td3bc", "d3rlpy-dt", "d3rlpy-cql")
+"""What each rung changes of the preset."""
 
 DATASETS = (
     "bench/hopper/mixed-v0",
@@ -129,7 +123,7 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, args: Any) 
     """Run one rung, or go on with it."""
     tier, rung = TIERS[tier_name], method.split("+")[0]
     runtime = {"runtime.train_threads": args.threads, "runtime.actors": args.actors}
-    values = {**tier.overrides, **RUNGS[rung], **runtime, "seed": seed}
+    values = {**tier.overrides, **CHANGES[rung], **runtime, "seed": seed}
     overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     config = configs.load(args.preset or tier.preset(dataset), None, [*overrides, *args.vary])
     place = args.runs / tier_name

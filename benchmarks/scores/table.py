@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from results import HERE, RESULTS, Result, read_all
+from results import HERE, PEERS, RESULTS, RUNGS, Result, read_all
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,25 +39,6 @@ except ImportError:
     _bootstrap = None
 
 ROOT = HERE.parents[1]
-RUNGS = {
-    "bc": "imitation of the log, nothing else",
-    "dt": "Decision Transformer: the prompt is a target return",
-    "iql": "implicit Q-learning: step 1's own policy",
-    "v_prompt": "imitation with the learned value as prompt",
-    "value_guided": "the preset's weighting of log and Q, without imagination",
-    "value_guided_chosen": "its policy that does best inside the world model",
-    "greedy_q": "imagination without look-ahead: the candidate action with the best Q",
-    "ipd_last": "the method, the last policy that was distilled",
-    "ipd": "the method: the policy that does best inside the world model",
-    "ipd_ranked": "the method, its actions ranked by Q at run time",
-}
-PEERS = {
-    "d3rlpy-bc": "d3rlpy's behaviour cloning",
-    "d3rlpy-iql": "d3rlpy's IQL",
-    "d3rlpy-td3bc": "d3rlpy's TD3+BC",
-    "d3rlpy-cql": "d3rlpy's CQL",
-    "d3rlpy-dt": "d3rlpy's Decision Transformer",
-}
 METHOD = "ipd"
 COMPARED = ("value_guided", "value_guided_chosen", "ipd_last", "greedy_q", "bc")
 """What the method is compared with, before the best peer."""
@@ -799,9 +780,11 @@ INK, MUTED, LINE = "#1b1f24", "#6b7281", "#d8dce3"
 BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
 COLOURS = {
     "bc": ORANGE, "dt": YELLOW, "iql": SKY, "v_prompt": MUTED, "value_guided": GREEN, "greedy_q": PURPLE, "ipd": BLUE,
-    "ipd_ranked": INK, "d3rlpy-bc": ORANGE, "d3rlpy-iql": SKY, "d3rlpy-td3bc": GREEN, "d3rlpy-cql": PURPLE,
-    "d3rlpy-dt": YELLOW,
+    "value_guided_chosen": GREEN, "ipd_last": BLUE, "ipd_ranked": INK, "d3rlpy-bc": ORANGE, "d3rlpy-iql": SKY,
+    "d3rlpy-td3bc": GREEN, "d3rlpy-cql": PURPLE, "d3rlpy-dt": YELLOW,
 }  # fmt: skip
+SISTERS = ("value_guided_chosen", "ipd_last")
+"""Drawn in the colour of what they differ from in the choice alone, dashed."""
 KINDS = ("points", "ladder", "peers", "volume")
 _COLUMNS = 5
 _STYLE: Any = {
@@ -892,7 +875,7 @@ def curves_figure(scores: Scores, methods: Sequence[str]) -> Figure:
             colour, own = COLOURS.get(method, MUTED), method == METHOD
             (lines[method],) = ax.plot(
                 shares, seeds.mean(1), color=colour, marker="o", markersize=3, zorder=3 if own else 2,
-                linewidth=2.4 if own else 1.3, linestyle="--" if method == "ipd_ranked" else "-",
+                linewidth=2.4 if own else 1.3, linestyle="--" if method in SISTERS else "-",
             )  # fmt: skip
             ax.fill_between(shares, seeds.min(1), seeds.max(1), color=colour, alpha=0.1, linewidth=0)
         _titled(ax, dataset)

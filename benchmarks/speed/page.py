@@ -6,6 +6,7 @@ markers is replaced.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def _curve_panel(ax: Axes, name: str, points: Mapping[str, Any]) -> None:
 
 def _memory_panel(ax: Axes, bytes_of: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
-    for (step, by_size), colour in zip(bytes_of.items(), colours, strict=True):
+    for (step, by_size), colour in zip(bytes_of.items(), itertools.cycle(colours), strict=False):
         sizes = sorted(by_size, key=int)
         ax.plot([int(s) for s in sizes], [sum(by_size[s].values()) / 1e9 for s in sizes], marker="o", markersize=3.5,
                 label=step, color=colour)  # fmt: skip

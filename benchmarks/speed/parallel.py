@@ -2,8 +2,8 @@
 
     python benchmarks/speed/parallel.py actors local made-up/steps-v0 DIR 1,2
 
-Prints the seconds of an imagined step (by gradient plans), or of a distilled window, for each count. What starts an actor or a worker is
-left out: imagination counts from its second shard on, distillation from its second line.
+Prints the seconds of an imagined step (by gradient plans), or of a distilled window, for each count. What starts an
+actor or a worker is left out: imagination counts from its second shard on, distillation from its second line.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def test_every_rung_is_a_valid_change_of_every_preset(rung: str) -> None:
     import json
 
     for preset in configs.preset_names():
-        configs.load(preset, None, [f"{name}={json.dumps(value)}" for name, value in ladder.RUNGS[rung].items()])
+        configs.load(preset, None, [f"{name}={json.dumps(value)}" for name, value in ladder.CHANGES[rung].items()])
 
 
 def test_rungs_run_score_and_are_not_run_again(
