@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ipd_ray.config import RunConfig, flatten
 from ipd_ray.errors import UserError, first_line
@@ -88,13 +88,12 @@ class PlainTerminal:
 
     EVERY = 10.0
 
-    def __init__(self, stream: TextIO | None = None):
-        self._stream = stream
+    def __init__(self) -> None:
         self._paces: dict[str, Pace] = {}
         self._said: dict[str, float] = {}
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream or sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
     def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         count, of = _counted(done, total, metrics)

@@ -84,12 +84,12 @@ class RunFolder:
         if self.folder.remote:
             self.folder.pull(sorted(self.folder.sizes()))
 
-    def artifact(self, part: str, needs: str = "") -> Folder:
+    def artifact(self, part: str) -> Folder:
         """Return the folder of a part's artifact. Raises UserError where it is not there."""
         link = self.links.get(part)
         if link is None or not Folder.of(link["path"]).exists(ARTIFACT):
             raise UserError(
-                f"{self.folder}: its {part} is not in the store{needs and f', and {needs} needs it'}: run it again "
+                f"{self.folder}: its {part} is not in the store: run it again "
                 "with the same settings (`--config` with its config.yaml), or look at `ipd-ray runs ls`."
             )
         return Folder.of(link["path"])

@@ -247,13 +247,17 @@ def _distillation(view: View) -> list[Finding]:
     d = view.diagnostics("distill")
     got, asked = number(d, "imagined_ratio"), number(view.settings, "distill.imagined_ratio")
     if got is not None and asked and got < 0.5 * asked:
+        passed = number(d.get("imagined", {}), "accept_rate") or 0.0
+        why = (
+            f"it is never more than the share of segments that passed, {100 * passed:.0f} %" if got >= 0.99 * passed
+            else "no imagined step is drawn more often than distill.reuse_cap allows"
+        )  # fmt: skip
         return [
             Finding(
                 False,
                 "imagination",
-                f"{100 * got:.0f} % of what was imitated is imagined, {100 * asked:.0f} % were asked for: too few "
-                "segments passed "
-                "(distill.reuse_cap).",
+                f"{100 * got:.0f} % of what was imitated is imagined, {100 * asked:.0f} % were asked for "
+                f"(distill.imagined_ratio): {why}.",
             )
         ]
     return []

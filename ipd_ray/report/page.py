@@ -148,6 +148,14 @@ def _headline(views: Sequence[View]) -> str:
         made = "with" if kept and kept["variant"] == "ipd" and planned else "without"
         return f"{made} plans, {kept['step']:,} updates" if kept else None
 
+    def offline(view: View) -> str | None:
+        found = view.summary.get("fitted_q", {})
+        value, sem, log = (number(found, k) for k in ("value_mean", "value_sem", "log_value"))
+        if value is None:
+            return None
+        return f"{readable(value)} ± {readable(sem)}, the log's {readable(log)}"
+
+    add("Without an environment", "fitted Q: discounted value on held-out episodes (a proxy)", offline, True)
     add("Imagination", "policy kept", chosen, True)
     add("Imagination", "accepted segments", accepted, True)
     add("Imagination", "accepted steps", lambda v: maybe(imagined(v, "accepted_steps")))

@@ -38,7 +38,7 @@ class Section:
 
 def _curve_section(view: View) -> str:
     panels = []
-    for part in ("values", "world_model", "imagine"):
+    for part in ("values", "world_model", "actor", "imagine", "fitted_q"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}

@@ -233,6 +233,28 @@ def test_a_failed_diagnostic_is_read_first(tmp_path, changes, said):
 
 
 @pytest.mark.parametrize(
+    ("got", "said"),
+    [
+        (0.2, "never more than the share of segments that passed, 20 %"),
+        (0.1, "no imagined step is drawn more often than distill.reuse_cap allows"),
+    ],
+)
+def test_what_kept_imagination_out_of_the_mixture_is_named(tmp_path, got, said):
+    changes = {"distill": {"imagined_ratio": got, "imagined": {**IMAGINED, "accept_rate": 0.2}}}
+    run = write_run(tmp_path / "run", changes=changes)
+    assert said in " ".join(f.text for f in findings(open_views([run])[0]))
+
+
+def test_the_value_without_an_environment_is_on_the_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    offline = {"value_mean": 12.2, "value_sem": 0.5, "log_value": 9.75}
+    (run / "summary.json").write_text(json.dumps({**summary, "fitted_q": offline}))
+    page = build_report([run], tmp_path / "page.html").read_text()
+    assert "12.2 ± 0.5, the log's 9.75" in page
+
+
+@pytest.mark.parametrize(
     ("diagnostics", "warning", "said"),
     [
         ({"round": 9, "reach": 0.1, "behaviour_return": 5.0, "return_mean": 8.0}, False,
