@@ -21,7 +21,7 @@ from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, pref
 from ipd_ray.config import ActorConfig, PlannerConfig
 from ipd_ray.data.transitions import Log
 from ipd_ray.imagine.accept import widened
-from ipd_ray.imagine.planner import ImaginationDynamics
+from ipd_ray.imagine.planner import ImaginationDynamics, plan_score
 from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
 from ipd_ray.values.fit import evaluate_in_chunks, frozen
@@ -301,13 +301,9 @@ class ActorTrainer:
         discount, horizon, E = self._config.discount, self._planner.horizon, self._dynamics.elites
         size = max(1, self._config.batch_size // E)
         state = observation[torch.randint(len(observation), (E, size), generator=generator).to(self._device)]
-        score = torch.zeros(E, size, device=self._device)
-        alive = torch.ones_like(score)
-        for h in range(horizon):
-            state, reward, ended = self._dynamics.step(state, self.actor.act(state))
-            score = score + discount**h * alive * reward
-            alive = alive * (1.0 - ended)
-        mean = (score + discount**horizon * alive * self._critic.v(state)).mean()
+        mean = plan_score(
+            state, lambda _, s: self.actor.act(s), self._dynamics, self._critic.v, horizon=horizon, discount=discount
+        ).mean()
         self._actor_optimizer.zero_grad(set_to_none=True)
         (-mean / self._scale).backward()
         torch.nn.utils.clip_grad_norm_(self._changed, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,10 +82,9 @@ def plan(
     """Decide the next action of each state.
 
     gradient: see `_gradient`. mpc: candidates follow the behaviour policy plus Gaussian noise for H steps, each inside
-    one elite (mean transitions). score = sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not having
-    ended before.
-    The action is the average of the candidates' first actions, weighted by softmax(standardised score / temperature)
-    (MPPI). The first candidate of each elite carries no noise.
+    one elite (mean transitions), and are scored by `plan_score`. The action is the average of the candidates' first
+    actions, weighted by softmax(standardised score / temperature) (MPPI). The first candidate of each elite carries no
+    noise.
     precision=bfloat16: matrix products take bfloat16; states and scores stay float32.
     """
     assert config.kind != "actor", "an actor acts by itself"
@@ -95,6 +95,24 @@ def plan(
         else:
             plans = _sampled(observation_BO, dynamics, values, config, discount, generator)
     return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
+
+
+def plan_score(
+    state: Tensor, act: Callable[[int, Tensor], Tensor], dynamics: Dynamics, v: Callable[[Tensor], Tensor], *,
+    horizon: int, discount: float,
+) -> Tensor:
+    """What a plan is worth, by state (E, B): sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not
+    having ended before.
+
+    state: (E, B, O), elite e for row group e. act: the step h and its states -> actions (E, B, A).
+    """
+    score = state.new_zeros(state.shape[:-1])
+    alive = torch.ones_like(score)
+    for h in range(horizon):
+        state, reward, ended = dynamics.step(state, act(h, state))
+        score = score + discount**h * alive * reward
+        alive = alive * (1.0 - ended)
+    return score + discount**horizon * alive * v(state)
 
 
 def _sampled(
@@ -127,30 +145,24 @@ def _gradient(
     """First-order MPC: climb the score from the behaviour policy's own plan, and take the plan's first action.
 
     A plan is a change of the behaviour policy's action at each of H steps, a_h = pi(s_h) + reach * tanh(x_h), and is
-    scored in every elite: mean over them of sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), c_h the probability of not
-    having ended before. x climbs by steps of one size along the gradient, each state by itself. Without noise, plans
-    are a function of the state, which a policy can learn.
+    scored in every elite, and by the mean over them. x climbs by steps of one size along the gradient, each state by
+    itself. Without noise, plans are a function of the state, which a policy can learn.
     """
-    B, E = len(observation_BO), dynamics.elites
+    E = dynamics.elites
     first_BA = values.act(observation_BO)
     x_HBA = observation_BO.new_zeros(config.horizon, *first_BA.shape)
     scores = []
-    action = first_BA
+
+    def act(h: int, state: Tensor) -> Tensor:
+        base = values.act(state) if h else first_BA.expand(E, -1, -1)
+        return (base + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
+
     for i in range(config.iterations + 1):
         with torch.enable_grad():
             x_HBA.requires_grad_(i < config.iterations)
-            state = observation_BO.expand(E, -1, -1)
-            score = observation_BO.new_zeros(E, B)
-            alive = torch.ones_like(score)
-            for h in range(config.horizon):
-                base = values.act(state) if h else first_BA
-                act = (base + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
-                if h == 0:
-                    action, act = act.detach(), act.expand(E, -1, -1)
-                state, reward, ended = dynamics.step(state, act)
-                score = score + discount**h * alive * reward
-                alive = alive * (1.0 - ended)
-            score = score + discount**config.horizon * alive * values.v(state)
+            score = plan_score(
+                observation_BO.expand(E, -1, -1), act, dynamics, values.v, horizon=config.horizon, discount=discount
+            )
             total = score.mean(0)
             if config.disagreement_penalty > 0:
                 total = total - config.disagreement_penalty * score.std(0)
@@ -162,6 +174,7 @@ def _gradient(
         size = gradient.square().mean((0, 2), keepdim=True).sqrt() + 1e-8
         x_HBA = x_HBA + _CLIMB * gradient / size
     _require_finite(torch.stack(scores, 1))
+    action = act(0, observation_BO)[0].detach()
     return Plan(action, scores[-1], torch.stack(scores, 1).mean(1))
 
 
@@ -175,16 +188,13 @@ def _mpc(
 ) -> Plan:
     H, E, B, R, A = noise_HEBRA.shape
     state = observation_BO[None, :, None].expand(E, B, R, -1).reshape(E, B * R, -1)
-    score = torch.zeros(E, B * R, device=state.device)
-    alive = torch.ones_like(score)
     # All candidates of a state begin with one action of the behaviour policy's.
     first = (values.act(observation_BO)[:, None] + noise_HEBRA[0]).clamp(-1.0, 1.0).reshape(E, B * R, A)
-    for h in range(H):
-        action = first if h == 0 else (values.act(state) + noise_HEBRA[h].reshape(E, B * R, A)).clamp(-1.0, 1.0)
-        state, reward, ended = dynamics.step(state, action)
-        score += discount**h * alive * reward
-        alive = alive * (1.0 - ended)
-    score += discount**H * alive * values.v(state)
+
+    def act(h: int, state: Tensor) -> Tensor:
+        return first if h == 0 else (values.act(state) + noise_HEBRA[h].reshape(E, B * R, A)).clamp(-1.0, 1.0)
+
+    score = plan_score(state, act, dynamics, values.v, horizon=H, discount=discount)
     if config.disagreement_penalty > 0:
         score -= config.disagreement_penalty * _disagreement(
             observation_BO, first.reshape(E, B, R, A), dynamics, values, discount
