@@ -31,7 +31,7 @@ from ipd_ray.estimate import estimate, total
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
 from ipd_ray.listeners import recorders
-from ipd_ray.pipeline import STEPS, Context, copy_policy, run_until, state_of, summarise
+from ipd_ray.pipeline import STEPS, TO_COME, Context, copy_policy, run_until, state_of, summarise
 from ipd_ray.progress import Listener, Listeners
 from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, register
 from ipd_ray.steps import DistillJob, LogRef, Place
@@ -73,7 +73,7 @@ def run(
         with holding(folder), _tidy(store):
             context = _prepared(dataset, config, folder, store, until, others, cache=(store / "data").path)
             check_disk(context, until)
-            work_left = any(row["state"] != "reused" for row in state_of(context, until))
+            work_left = any(row["state"] in TO_COME for row in state_of(context, until))
             engine = make_engine(config, context.device) if work_left else LocalEngine(1)
             try:
                 engine.require_storage([str(store), str(folder)])
@@ -104,7 +104,7 @@ def plan(
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
         "total": total(context, rows, workers),
-        "remarks": [*_replaced(folder, config), *remarks(config, context.transitions)],
+        "remarks": [*_replaced(folder, config), *remarks(config, context.transitions, until)],
     }
 
 
@@ -250,7 +250,7 @@ class _Begun:
                 f"{transitions.spec.dataset}: {transitions.episodes:,} episodes, {len(transitions):,} steps; seed "
                 f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {near(folder)}"
             )
-            for remark in [*replaced, *remarks(config, transitions)]:
+            for remark in [*replaced, *remarks(config, transitions, self.until)]:
                 heard.note(f"note: {remark}")
             try:
                 run_until(context, self.until)

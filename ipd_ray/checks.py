@@ -165,8 +165,8 @@ def check_disk(context: Context, until: str) -> None:
         )
 
 
-def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
-    """What is allowed but hardly meant."""
+def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate") -> list[str]:
+    """What is allowed but hardly meant in a run up to step `until`."""
     out = []
     longest = int(transitions.episode_length.max())
     if longest > config.policy.max_timestep:
@@ -192,6 +192,8 @@ def remarks(config: RunConfig, transitions: Transitions) -> list[str]:
         )
     if config.distill.imagined_ratio == 0 and "no_imagination" in config.ablations:
         out.append("ablations: no_imagination is the policy itself, since distill.imagined_ratio=0.")
+    if until != "evaluate":
+        return out
     try:
         make = environment_maker(transitions.spec, config.evaluate.environment)
     except NoEnvironment as error:

@@ -21,7 +21,7 @@ from ipd_ray.artifacts import METRICS, read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_file
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
-from ipd_ray.pipeline import Context, Part, state_of, train_threads
+from ipd_ray.pipeline import TO_COME, Context, Part, state_of, train_threads
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""
@@ -92,7 +92,7 @@ def estimate(
     rows = []
     for row in state_of(context, until):
         part = parts[row["step"]]
-        left = 0.0 if row["state"] == "reused" else 1.0 - _done(context, part)
+        left = 1.0 - _done(context, part) if row["state"] in TO_COME else 0.0
         workers = processes if part.step == "imagine" else 1
         seconds = work[part.step] * left / workers + (STARTUP_SECONDS if left else 0.0)
         rows.append({
@@ -141,7 +141,7 @@ def estimate_disk(context: Context, until: str) -> int:
     """Return the bytes that the run will write to the store."""
     sizes, parts = Sizes.of(context), {part.name: part for part in context.parts.until(until)}
     need = [_disk(parts[row["step"]].step, context.config, sizes) for row in state_of(context, until)
-            if row["state"] != "reused"]
+            if row["state"] in TO_COME]
     return round(sum(need)) + _data_left(context, sizes)
 
 

@@ -211,6 +211,15 @@ class Context:
         return replace(self.place(), device=device_here(self.device))
 
     @cached_property
+    def no_environment(self) -> str:
+        """Why nothing can be evaluated; empty where it can."""
+        try:
+            environment_maker(self.transitions.spec, self.config.evaluate.environment)
+        except NoEnvironment as error:
+            return str(error)
+        return ""
+
+    @cached_property
     def log(self) -> LogRef:
         """The converted log in the store, written where it is missing."""
         return LogRef(str(keep_columns(self.store.root, self.transitions)), self.config.data, self.config.seed)
@@ -423,10 +432,8 @@ def evaluate_offline(context: Context) -> None:
 def evaluate(context: Context, variant: str = "ipd") -> None:
     """Step 7, one policy; skipped with a line where there is no environment."""
     config, part = context.config.evaluate, context.parts.evaluate[variant]
-    try:
-        environment_maker(context.transitions.spec, config.environment)
-    except NoEnvironment as error:
-        context.listener.note(f"evaluation skipped: {error}. The offline diagnostics stand.")
+    if reason := context.no_environment:
+        context.listener.note(f"evaluation skipped: {reason}. The offline diagnostics stand.")
         return
 
     chosen = context.parts.choose if variant == "ipd" else None
@@ -544,13 +551,19 @@ def copy_policy(context: Context, folder: Folder) -> None:
     folder.push([f"policy/{ARTIFACT}"])
 
 
+TO_COME = ("to do", "goes on")
+"""States of work that is still to be done; the others are `reused`, and `left out` for want of an environment."""
+
+
 def state_of(context: Context, last: str = "evaluate") -> list[dict[str, Any]]:
-    """What a run would reuse and what it would do, without doing it."""
+    """What a run would reuse, what it would do, and what it leaves out, without doing it."""
     rows = []
     for part in context.parts.until(last):
         artifact = context.store.find(part.step, part.key)
         begun = context.store.folder(part.step, part.key).exists()
         state = "reused" if artifact else "goes on" if begun else "to do"
+        if part.step == "evaluate" and context.no_environment:
+            state = "left out"
         size = artifact.folder.bytes if artifact else 0
         rows.append({"step": part.name, "key": part.key[:24], "state": state, "bytes": size})
     return rows

@@ -227,7 +227,11 @@ def test_reference_scores_that_come_later_are_those_of_the_policy(place: Path) -
     bare = {k: v for k, v in whole.items() if k not in ("env_spec", "ref_min_score", "ref_max_score")}
     metadata.write_text(json.dumps(bare))
     folder = place / "runs" / "named-later"
+    planned, short = (plan(name, settings(), run_dir=folder, until=until) for until in ("evaluate", "values"))
+    assert {row["step"]: row["state"] for row in planned["steps"]}["evaluate"] == "left out"
+    assert "no evaluation" in " ".join(planned["remarks"]) and "no evaluation" not in " ".join(short["remarks"])
     assert "policy" not in run(name, settings(), run_dir=folder)
+    assert {row["state"] for row in plan(name, settings(), run_dir=folder)["steps"]} == {"reused", "left out"}
     assert Policy.load(folder).spec.env_spec is None
     metadata.write_text(json.dumps(whole))
     heard = Heard()
