@@ -24,7 +24,7 @@ from ipd_ray.config import RunConfig, as_yaml, build, flatten
 from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
-from ipd_ray.data.shards import read_entries
+from ipd_ray.data.shards import shard_curve
 from ipd_ray.engine import Engine, LocalEngine
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate, total
@@ -338,13 +338,8 @@ def _replaced(folder: Folder, config: RunConfig) -> list[str]:
             "policy are replaced; another --run-dir keeps both."]  # fmt: skip
 
 
-def _curve(artifact: Artifact) -> Iterator[dict[str, Any]]:
-    shards = int(artifact.diagnostics.get("shards", 0))
-    if not shards:
-        yield from artifact.curve()
-        return
-    for shard, entry in sorted(read_entries(artifact.folder).items()):
-        yield {"step": shard + 1, "total": shards, "reward_gain": entry["reward_gain"]}
+def _curve(artifact: Artifact) -> list[dict[str, Any]]:
+    return shard_curve(artifact.folder) if artifact.diagnostics.get("shards") else artifact.curve()
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

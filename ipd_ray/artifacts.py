@@ -29,11 +29,11 @@ from ipd_ray.data.transitions import digest as array_digest
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
-from ipd_ray.storage import ARTIFACT, Folder
+from ipd_ray.storage import ARTIFACT, METRICS, Folder
 
 SCHEMA = 1
 """Version of the folder layout above; an artifact of another is refused with the remedy."""
-RESULT, TENSORS, METRICS, CHECKPOINT = "result.json", "tensors.safetensors", "metrics.jsonl", "checkpoint.safetensors"
+RESULT, TENSORS, CHECKPOINT = "result.json", "tensors.safetensors", "checkpoint.safetensors"
 """In a work folder: what the step says of its result, the result, its learning curve, where it goes on after a kill."""
 SNAPSHOT = "snapshot-"
 """What the names of tensors that were kept on the way begin with."""

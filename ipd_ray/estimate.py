@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from ipd_ray.artifacts import METRICS, read_jsonl
+from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_file
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import TO_COME, Context, Part, state_of, train_threads
+from ipd_ray.storage import METRICS
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
 """Share of the matrix product's rate that a step's operations reach."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ipd_ray.artifacts import METRICS, TENSORS, Artifact, Store, Workspace, make_key
+from ipd_ray.artifacts import TENSORS, Artifact, Store, Workspace, make_key
 from ipd_ray.config import ChooseConfig, DistillConfig, RunConfig
 from ipd_ray.data.columns import keep_columns
 from ipd_ray.data.shards import read_entries
@@ -44,7 +44,7 @@ from ipd_ray.steps import (
     run_values,
     run_world_model,
 )
-from ipd_ray.storage import ARTIFACT, Folder
+from ipd_ray.storage import ARTIFACT, METRICS, Folder
 from ipd_ray.training import cores, device_here, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit

@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from ipd_ray.storage import Folder
-
-FILE = "metrics.jsonl"
+from ipd_ray.storage import METRICS, Folder
 
 
 class Listener(Protocol):
@@ -86,11 +84,11 @@ class CurveTail:
             self._asked = now
         else:
             try:
-                if (self._folder.path / FILE).stat().st_size == self._size:
+                if (self._folder.path / METRICS).stat().st_size == self._size:
                     return ""
             except FileNotFoundError:
                 return ""
-        text = self._folder.read_text(FILE) or ""
+        text = self._folder.read_text(METRICS) or ""
         changed, self._size = len(text) != self._size, len(text)
         return text if changed else ""
 

@@ -34,6 +34,8 @@ from ipd_ray.files import write_atomic
 
 ARTIFACT = "artifact.json"
 """The file that makes a folder of the store an artifact."""
+METRICS = "metrics.jsonl"
+"""An artifact's learning curve."""
 SCHEMES = ("s3", "gs")
 CONNECTIONS = 16
 """Files that are on the way at the same time."""

@@ -109,6 +109,12 @@ def write_shard(folder: Folder, shard: int, segments: Segments, summary: dict[st
     return entry
 
 
+def shard_curve(folder: Folder) -> list[dict[str, Any]]:
+    """Return a line a shard, as a learning curve has them."""
+    entries = sorted(read_entries(folder).items())
+    return [{"step": i + 1, "total": len(entries), "reward_gain": entry["reward_gain"]} for i, entry in entries]
+
+
 def read_entry(folder: Path, shard: int) -> dict[str, Any] | None:
     """Return a shard's manifest entry, or None where the shard is not there as a whole."""
     path = shard_path(folder, shard)

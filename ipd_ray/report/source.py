@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import RunConfig, load
 from ipd_ray.data.columns import columns_file, fetch_columns
-from ipd_ray.data.shards import Segments, concatenate, read_entries, read_shard, shard_path
+from ipd_ray.data.shards import Segments, concatenate, read_entries, read_shard, shard_curve, shard_path
 from ipd_ray.data.transitions import Log, prepare
 from ipd_ray.errors import UserError
 from ipd_ray.runs import CURVES, RunFolder
@@ -134,7 +134,7 @@ class View:
         for name, link in self.links.items():
             if name not in curves and self.part(name) is not None:
                 artifact = Artifact(link["path"])
-                curves[name] = _shard_curve(artifact) if name == "imagine" else artifact.curve()
+                curves[name] = shard_curve(artifact.folder) if name == "imagine" else artifact.curve()
         return {name: sorted(rows, key=lambda r: r["step"]) for name, rows in curves.items() if rows}
 
     def returns(self, variant: str) -> NDArray[np.float64] | None:
@@ -181,11 +181,6 @@ class View:
             value_std=float(spread),
             ranges=self.log.step_ranges,
         )
-
-
-def _shard_curve(artifact: Artifact) -> list[dict[str, Any]]:
-    entries = sorted(read_entries(artifact.folder).items())
-    return [{"step": shard + 1, "reward_gain": entry["reward_gain"]} for shard, entry in entries]
 
 
 def open_views(folders: Sequence[str | Path | Folder]) -> list[View]:
