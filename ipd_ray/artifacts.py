@@ -76,9 +76,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, A
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the metadata of a safetensors file."""
-    with safe_open(path, framework="pt", device=device) as file:
+    with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return tensors, json.loads((file.metadata() or {}).get("meta", "{}"))
 
@@ -307,16 +307,16 @@ class Artifact:
     def seconds(self) -> float:
         return float(self.described["seconds"])
 
-    def tensors(self, device: str = "cpu", verify: bool = False) -> dict[str, Tensor]:
-        """Return the tensors; `verify` compares them with the digest."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors. Raises UserError where they cannot be read, or are not those that were written."""
         self.pull([TENSORS])
         try:
-            tensors, _ = load_tensors(self.path / TENSORS, device)
+            tensors, _ = load_tensors(self.path / TENSORS)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self.folder}: {TENSORS} cannot be read ({error}): remove the folder and run again."
             ) from error
-        if verify and tensor_digest(tensors) != self.digest:
+        if tensor_digest(tensors) != self.digest:
             raise UserError(f"{self.folder}: the tensors do not match their digest: remove the folder and run again.")
         return tensors
 

@@ -213,7 +213,7 @@ def test_a_committed_artifact_is_found_by_its_key(tmp_path: Path):
     made = finished(store)
     found = store.find("values", KEY)
     assert found is not None and found.path == made.path
-    assert found.diagnostics == {"rmse": 0.25} and found.tensors(verify=True)["w"].tolist() == [1.0]
+    assert found.diagnostics == {"rmse": 0.25} and found.tensors()["w"].tolist() == [1.0]
     stated = {"schema": SCHEMA, "step": "values", "version": 3, "key": KEY, "parts": {"seed": 0}, "more": "described"}
     assert stated.items() <= found.described.items()
     assert found.digest == tensor_digest({"w": torch.tensor([1.0])})
@@ -276,7 +276,7 @@ def test_damaged_tensors_are_refused_with_the_remedy(tmp_path: Path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(UserError, match="do not match their digest: remove the folder"):
-        made.tensors(verify=True)
+        made.tensors()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"cannot be read .*remove the folder"):
         made.tensors()

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from ipd_ray.artifacts import prefixed, save_tensors
+from ipd_ray.artifacts import prefixed, save_tensors, tensor_digest
 from ipd_ray.config import PolicyConfig, RunConfig, ValuesConfig, as_yaml
 from ipd_ray.data.columns import write_columns
 from ipd_ray.data.shards import Segments, write_shard
@@ -134,7 +134,8 @@ def write_policy(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     save_tensors(path / "tensors.safetensors", tensors)
     (path / "artifact.json").write_text(json.dumps({
-        "schema": 1, "step": "distill", "spec": json.loads(transitions("test/run-v0").spec.to_json()),
+        "schema": 1, "step": "distill", "digest": tensor_digest(tensors),
+        "spec": json.loads(transitions("test/run-v0").spec.to_json()),
         "reward_scale": 1.0, "prompt": "value", "discount": 0.99, "target_return": None,
         "policy": policy.model_dump(mode="json"),
         "values": {"values": values.model_dump(mode="json"), "observation_dim": 3, "action_dim": 1},
