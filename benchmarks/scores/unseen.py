@@ -37,6 +37,8 @@ class Task:
     stages: tuple[int, ...] = (6, 15, 30)
     noise: tuple[float, float] = (0.1, 0.6)
     """Bounds of an episode's action noise, in half ranges of the action."""
+    random: tuple[float, float] | None = None
+    """Uniformly random actions alone, and the references of their log."""
 
 
 TASKS = {
@@ -44,6 +46,7 @@ TASKS = {
     "unseen/mountain-car/mixed-v0": Task("MountainCarContinuous-v0", 50_000),
     "unseen/double-pendulum/mixed-v0": Task("InvertedDoublePendulum-v5", 50_000),
     "unseen/walker2d/mixed-v0": Task("Walker2d-v5", 100_000),
+    "unseen/hopper/random-v0": Task("Hopper-v5", 100_000, random=(-20.272305, 3234.3)),  # D4RL's references
 }
 CANDIDATES, ELITES, EPISODES = 32, 8, 2
 Act = Callable[[NDArray[Any]], NDArray[Any]]
@@ -74,6 +77,9 @@ def make(dataset: str, task: Task) -> None:
     def uniform(_: NDArray[Any]) -> NDArray[Any]:
         return rng.uniform(-1.0, 1.0, dim)
 
+    if task.random:
+        log(dataset, task, env, lambda _: uniform, rng, task.random, "uniformly random actions")
+        return
     random = [rolled(env, uniform, i) for i in range(20)]
     seen = np.concatenate([observations for observations, *_ in random])
     mean, std = seen.mean(0), seen.std(0) + 1e-3
@@ -99,19 +105,32 @@ def make(dataset: str, task: Task) -> None:
             stages[iteration] = centre.copy()
     top = float(np.mean([rolled(env, linear(centre), 10_000 + i)[2].sum() for i in range(20)]))
     low = float(np.mean([rewards.sum() for _, _, rewards, _ in random]))
+
+    def drawn_one(number: int) -> Act:
+        return linear(stages[task.stages[number % len(task.stages)]], rng.uniform(*task.noise))
+
+    told = "stages of a linear policy under the cross-entropy method, with action noise"
+    log(dataset, task, env, drawn_one, rng, (low, top), told)
+
+
+def log(
+    dataset: str, task: Task, env: gymnasium.Env[Any, Any], actor: Callable[[int], Act], rng: np.random.Generator,
+    references: tuple[float, float], told: str,
+) -> None:
+    """Write what the actor of each episode, by its number, does in an environment of actions in [-1, 1]."""
+    space: Any = env.unwrapped.action_space
+    low, top = references
     episodes, steps, returns = [], 0, []
     while steps < task.steps:
-        weights = stages[task.stages[len(episodes) % len(task.stages)]]
-        logged = rolled(env, linear(weights, rng.uniform(*task.noise)), int(rng.integers(2**31)))
-        observations, actions, rewards, terminated = logged
+        act = actor(len(episodes))
+        observations, actions, rewards, terminated = rolled(env, act, int(rng.integers(2**31)))
         scaled = space.low + (actions + 1.0) / 2.0 * (space.high - space.low)
         episodes.append(episode_buffer(observations, scaled.astype(space.dtype), rewards, terminated))
         steps += len(rewards)
         returns.append(rewards.sum())
     write_minari(
-        dataset, episodes, observation_space=plain.observation_space, action_space=space,
-        description="stages of a linear policy under the cross-entropy method, with action noise",
-        env_spec=plain.spec.to_json() if plain.spec else None, ref_scores=(low, top),
+        dataset, episodes, observation_space=env.observation_space, action_space=space, description=told,
+        env_spec=env.unwrapped.spec.to_json() if env.unwrapped.spec else None, ref_scores=references,
         metadata={"unseen_generator": GENERATOR},
     )
     print(f"{dataset}: {len(episodes)} episodes, {steps:,} steps; return {np.mean(returns):.0f} in the mean, "
