@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ipd_ray.artifacts import Artifact, Workspace
+from ipd_ray.artifacts import TENSORS, Artifact, Workspace, load_tensors
 from ipd_ray.config import ValuesConfig, WorldModelConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Log, Spec, Transitions
@@ -187,9 +187,9 @@ def learned_pendulum() -> Learned:
         )
         fit_world_model(log, model, seed=0, device="cpu", workspace=Workspace(m))
         values, world_model = (described(f) for f in (v, m))
-        tensors = world_model.tensors()
+        tensors = tensors_of(world_model)
         return Learned(
-            log, load_values(values.tensors(), content(values), "cpu"),
+            log, load_values(tensors_of(values), content(values), "cpu"),
             content(values)["diagnostics"]["v_std"],
             load_world_model(tensors, content(world_model), "cpu"), tensors["holdout_uncertainty"].numpy(),
             content(world_model)["diagnostics"],
@@ -199,6 +199,11 @@ def learned_pendulum() -> Learned:
 def described(folder: Path) -> Artifact:
     """What a step left in its work folder, not yet committed."""
     return Artifact(folder)
+
+
+def tensors_of(artifact: Artifact) -> dict[str, Tensor]:
+    """The tensors of a folder that is not yet committed, so has no digest."""
+    return load_tensors(artifact.path / TENSORS)[0]
 
 
 def content(artifact: Artifact) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_fixtures import Episode, content, described, log_of
+from method_fixtures import Episode, content, described, log_of, tensors_of
 from torch import Tensor
 
 from ipd_ray.artifacts import Workspace
@@ -145,7 +145,7 @@ def test_what_is_left_behind_is_what_was_learned_and_scores_itself(tmp_path: Pat
     shown = content(artifact)["diagnostics"]
     assert shown["rank_correlation"] > 0.95 > shown["rank_correlation_linear"] + 0.1
     assert shown["mc_rmse"] < 0.5 * shown["mc_rmse_linear"]
-    model = load_values(artifact.tensors(), content(artifact), "cpu")
+    model = load_values(tensors_of(artifact), content(artifact), "cpu")
     assert not any(p.requires_grad for p in model.parameters())
     v = model.v(torch.from_numpy(log.transitions.observation))
     assert float(v.std(correction=0)) == pytest.approx(shown["v_std"], rel=1e-4)

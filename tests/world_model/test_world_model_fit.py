@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from method_fixtures import Episode, content, described, log_of
+from method_fixtures import Episode, content, described, log_of, tensors_of
 from torch import Tensor
 
 from ipd_ray.artifacts import Workspace
@@ -55,7 +55,7 @@ def fit(log: Log, folder: Path, **changes: Any) -> tuple[WorldModel, dict[str, A
     config = WorldModelConfig.model_validate({**plain, "max_updates": 1500, "eval_every": 250, **changes})
     fit_world_model(log, config, seed=0, device="cpu", workspace=Workspace(folder))
     artifact = described(folder)
-    tensors = artifact.tensors()
+    tensors = tensors_of(artifact)
     model = load_world_model(tensors, content(artifact), "cpu")
     return model, content(artifact)["diagnostics"], tensors["holdout_uncertainty"].numpy()
 
