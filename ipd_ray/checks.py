@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from gymnasium.spaces.utils import flatdim
 
 from ipd_ray.config import RunConfig
-from ipd_ray.data.transitions import DISCOUNTS, Spec, Transitions, fitting_discount, prepare
+from ipd_ray.data.transitions import DISCOUNTS, Spec, Transitions, fitting_discount, log_remarks, prepare
 from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, first_line
 from ipd_ray.estimate import estimate_disk
@@ -204,27 +205,12 @@ def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate"
     return out
 
 
-def log_remarks(transitions: Transitions) -> list[str]:
-    """What is allowed in a log but hardly meant."""
-    out = []
-    t = transitions
-    ended = t.episode_length[t.terminal[t.episode_start[1:] - 1]]
-    longest = int(t.episode_length.max())
-    if len(ended) >= 10 and longest > 1 and (at_limit := float((ended == longest).mean())) >= 0.9:
-        out.append(
-            f"{at_limit:.0%} of the episodes that terminate do so after exactly {longest} steps: if that is a limit of "
-            "time, they are truncated, not terminated, and nothing may be learned of an end there."
-        )
-    first = float(t.reward[0])
-    if (t.reward == t.reward[0]).all() and (first == 0.0 or not t.terminal.any()):
-        out.append(f"every reward is {first:g}: nothing tells a good action from a bad one.")
-    return out
-
-
 def _bounds_remark(make: Callable[..., Any], spec: Spec) -> list[str]:
     env = make()
     space = env.action_space
     env.close()
+    if not isinstance(space, Box):
+        return []
     low, high = (np.asarray(b, np.float64).reshape(spec.action_shape) for b in (spec.action_low, spec.action_high))
     slack = 1e-3 * (high - low)
     if (space.low >= low - slack).all() and (space.high <= high + slack).all():

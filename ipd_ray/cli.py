@@ -472,6 +472,7 @@ def _log_table(found: Mapping[str, Any]) -> str:
     lines += ["", _table(["observation", "min", "max", "std"], shown[:12])]
     if len(shown) > 12:
         lines.append(f"... and {len(shown) - 12} more, with --json")
+    lines += [f"\nnote: {remark}" for remark in found["remarks"]]
     return "\n".join(lines)
 
 

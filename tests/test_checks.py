@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from method_fixtures import log_of
 
-from ipd_ray.checks import log_remarks, remarks
+from ipd_ray.checks import remarks
 from ipd_ray.config import RunConfig, load
-from ipd_ray.data.transitions import Transitions
+from ipd_ray.data.transitions import Transitions, log_remarks
 
 
 def transitions(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ipd_ray.data.transitions import Transitions, fitting_discount
+from ipd_ray.data.transitions import Transitions, fitting_discount, log_remarks
 
 SATURATED = 0.99
 """An action dimension beyond this, of [-1, 1], counts as at its bound."""
@@ -40,6 +40,7 @@ def describe(transitions: Transitions) -> dict[str, Any]:
         "truncated": int((~ended).sum()),
         "reward": _spread(transitions.reward) | {"zero_share": float((transitions.reward == 0).mean())},
         "discount": fitting_discount(transitions),
+        "remarks": log_remarks(transitions),
         "action_saturation": float((np.abs(transitions.action) > SATURATED).mean()),
         "action_mean": transitions.action.mean(0, dtype=np.float64).tolist(),
         "action_std": transitions.action.std(0, dtype=np.float64).tolist(),

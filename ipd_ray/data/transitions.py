@@ -332,6 +332,23 @@ _LOST = 0.25
 """Of what the best episodes return: so much less may those return that a discount takes for the best."""
 
 
+def log_remarks(transitions: Transitions) -> list[str]:
+    """What is allowed in a log but hardly meant."""
+    out = []
+    t = transitions
+    ended = t.episode_length[t.terminal[t.episode_start[1:] - 1]]
+    longest = int(t.episode_length.max())
+    if len(ended) >= 10 and longest > 1 and (at_limit := float((ended == longest).mean())) >= 0.9:
+        out.append(
+            f"{at_limit:.0%} of the episodes that terminate do so after exactly {longest} steps: if that is a limit of "
+            "time, they are truncated, not terminated, and nothing may be learned of an end there."
+        )
+    first = float(t.reward[0])
+    if (t.reward == t.reward[0]).all() and (first == 0.0 or not t.terminal.any()):
+        out.append(f"every reward is {first:g}: nothing tells a good action from a bad one.")
+    return out
+
+
 def fitting_discount(transitions: Transitions) -> float:
     """Return the smallest of DISCOUNTS that agrees with the undiscounted return on which episodes are good.
 
