@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import shutil
-from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Space
 from gymnasium.spaces.utils import flatdim
 
 from ipd_ray.config import RunConfig
@@ -129,7 +129,7 @@ def check_data(config: RunConfig, transitions: Transitions) -> None:
 def check_environment(name: str, transitions: Transitions) -> None:
     """Raise UserError where the environment that the user named cannot be made, or is not the one of the log."""
     try:
-        env = environment_maker(transitions.spec, name)()
+        action, observation = _spaces(name)
     except UserError:
         raise
     except Exception as error:  # whatever a third party's environment raises
@@ -137,8 +137,6 @@ def check_environment(name: str, transitions: Transitions) -> None:
             f"evaluate.environment={name} cannot be made ({type(error).__name__}: {error}): install what it needs, or "
             "name another."
         ) from error
-    action, observation = env.action_space, env.observation_space
-    env.close()
     remedy = "evaluate in the environment that the log comes from."
     wanted = tuple(transitions.spec.action_shape)
     if action.shape != wanted:
@@ -195,20 +193,25 @@ def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate"
         out.append("ablations: no_imagination is the policy itself, since distill.imagined_ratio=0.")
     if until != "evaluate":
         return out
+    if config.evaluate.environment:
+        return [*out, *_bounds_remark(config.evaluate.environment, transitions.spec)]
     try:
-        make = environment_maker(transitions.spec, config.evaluate.environment)
+        environment_maker(transitions.spec, None)
     except NoEnvironment as error:
         out.append(f"there will be no evaluation: {error}.")
-    else:
-        if config.evaluate.environment:
-            out += _bounds_remark(make, transitions.spec)
     return out
 
 
-def _bounds_remark(make: Callable[..., Any], spec: Spec) -> list[str]:
-    env = make()
-    space = env.action_space
+@lru_cache(maxsize=1)
+def _spaces(environment: str) -> tuple[Space[Any], Space[Any]]:
+    """Action and observation space of an environment that the user named; made once, since some take seconds."""
+    env = environment_maker(NO_SPEC, environment)()
     env.close()
+    return env.action_space, env.observation_space
+
+
+def _bounds_remark(environment: str, spec: Spec) -> list[str]:
+    space, _ = _spaces(environment)
     if not isinstance(space, Box):
         return []
     low, high = (np.asarray(b, np.float64).reshape(spec.action_shape) for b in (spec.action_low, spec.action_high))

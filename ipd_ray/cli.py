@@ -226,6 +226,7 @@ _step_command("evaluate", "evaluate", "A run up to step 7, the scores: the same 
 
 def _summary_table(summary: Mapping[str, Any]) -> str:
     """The last table: what the data held, what the policy reached, what was imagined."""
+    from ipd_ray.runs import plans_in
     from ipd_ray.storage import Folder, near
 
     data, folder = summary["data"], Folder.of(summary["run_dir"])
@@ -240,8 +241,8 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
             score = f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over {s['episodes']} episodes"
             rows.append((name.replace("_", " "), score + _normalised(s)))
     if chosen := summary.get("chosen"):
-        made = "with plans" if chosen["variant"] == "ipd" and summary.get("imagined") else "without plans"
-        rows.append(("chosen", f"distilled {made}, {chosen['step']:,} updates; none is clearly better in imagination"))
+        made = f"distilled {plans_in(summary)} plans"
+        rows.append(("chosen", f"{made}, {chosen['step']:,} updates; none is clearly better in imagination"))
     if "distill" in summary["seconds"] and "policy" not in summary:
         rows.append(("policy", "not evaluated"))
     if imagined := summary.get("imagined"):

@@ -24,6 +24,11 @@ SCHEMA = 1
 IDENTITY, LINKS, SUMMARY, CURVES = "run.json", "links.json", "summary.json", "metrics.jsonl"
 
 
+def plans_in(summary: Mapping[str, Any]) -> str:
+    """Say whether the policy that a run keeps, by its summary, was distilled `with` plans or `without`."""
+    return "with" if summary["chosen"]["variant"] == "ipd" and summary.get("imagined") else "without"
+
+
 class RunFolder:
     """The folder of one run."""
 

@@ -14,7 +14,7 @@ from ipd_ray.report.findings import findings
 from ipd_ray.report.markup import escape, maybe, panel, panels_of, percent, remark
 from ipd_ray.report.sections import NO_FILM, SECTIONS
 from ipd_ray.report.source import VARIANTS, View, fingerprint_of, number, open_views, readable
-from ipd_ray.runs import human_seconds
+from ipd_ray.runs import human_seconds, plans_in
 from ipd_ray.storage import Folder
 
 _HERE = Path(__file__).parent
@@ -144,9 +144,8 @@ def _headline(views: Sequence[View]) -> str:
         return None if promised is None or collected is None else f"{readable(promised)} against {readable(collected)}"
 
     def chosen(view: View) -> str | None:
-        kept, planned = view.summary.get("chosen"), view.summary.get("imagined")
-        made = "with" if kept and kept["variant"] == "ipd" and planned else "without"
-        return f"{made} plans, {kept['step']:,} updates" if kept else None
+        kept = view.summary.get("chosen")
+        return f"{plans_in(view.summary)} plans, {kept['step']:,} updates" if kept else None
 
     def offline(view: View) -> str | None:
         found = view.summary.get("fitted_q", {})
