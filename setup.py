@@ -46,6 +46,7 @@ setup(
             "mypy>=1.11",
             "pytest>=8.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.6",
             "types-PyYAML>=6.0",
         ],

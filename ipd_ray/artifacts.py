@@ -350,30 +350,25 @@ class Store:
         return Artifact(folder) if folder.exists(ARTIFACT) else None
 
     @contextmanager
-    def claim(self, wanted: Mapping[str, str], waiting: Any = None) -> Iterator[dict[str, Folder]]:
-        """Own the work folders of the {step: key} that are not done yet, and yield them; wait for who owns one.
+    def claim(self, step: str, key: str, waiting: Any = None) -> Iterator[Folder | None]:
+        """Own a step's work folder and yield it, or None where the step is done; wait for who owns it.
 
-        waiting: called with (step, owner) once for each that is waited for.
+        Who claims several goes through them in one order, so that no two wait for each other.
+        waiting: called once with (step, owner) where somebody owns it.
         """
+        folder, told = self.folder(step, key), False
         with ExitStack() as stack:
-            folders: dict[str, Folder] = {}
-            for step, key in sorted(wanted.items()):  # one order for all: no two can wait for each other
-                folder, told = self.folder(step, key), False
-                while self.find(step, key) is None:
-                    lease = Lease(folder)
-                    owner = lease.acquire()
-                    if owner is None:
-                        if self.find(step, key) is not None:
-                            lease.release()
-                            break
-                        stack.callback(lease.release)
-                        folders[step] = folder
-                        break
-                    if waiting and not told:
-                        waiting(step, owner)
-                        told = True
-                    time.sleep(0.5)
-            yield folders
+            while self.find(step, key) is None:
+                lease = Lease(folder)
+                owner = lease.acquire()
+                if owner is None:
+                    stack.callback(lease.release)
+                    break
+                if waiting and not told:
+                    waiting(step, owner)
+                    told = True
+                time.sleep(0.5)
+            yield folder if self.find(step, key) is None else None
 
     def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any]) -> Artifact:
         """Turn a finished work folder into the artifact of its key; `parts` says what the key was made of."""

@@ -236,9 +236,9 @@ class Context:
         missing = {n: p for n, p in parts.items() if n not in ready}
         with ExitStack() as stack:
             folders: dict[str, Folder] = {}
-            for name, part in sorted(missing.items(), key=lambda item: (item[1].step, item[1].key)):
-                claim = self.store.claim({part.step: part.key}, waiting=self._waiting)
-                for folder in stack.enter_context(claim).values():
+            for name, part in sorted(missing.items(), key=lambda item: (item[1].step, item[1].key)):  # see claim
+                folder = stack.enter_context(self.store.claim(part.step, part.key, waiting=self._waiting))
+                if folder is not None:
                     folders[name] = folder
             if folders:
                 compute(folders)

@@ -56,6 +56,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In parallel (`pytest -n 2`), all that needs Ray goes to one process, which has the cluster; else a file does."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+
+
 def point_mass(episodes: int = 12, length: int = 40, seed: int = 0) -> Transitions:
     """A log of a point (position, velocity) that is pushed to the origin, by controllers from bad to good."""
     rng = np.random.default_rng(seed)

@@ -197,8 +197,8 @@ def test_nothing_non_finite_is_saved(tmp_path: Path):
 
 def finished(store: Store, step: str = "values", value: float = 1.0) -> Artifact:
     """Claim, make and commit an artifact."""
-    with store.claim({step: KEY}) as folders:
-        workspace = Workspace(folders[step])
+    with store.claim(step, KEY) as folder:
+        workspace = Workspace(folder)
         workspace.log(1, 1, {"loss": 0.5})
         workspace.checkpoint(1, {"w": torch.tensor([value])})
         (workspace.path / "ray").mkdir()
@@ -224,8 +224,8 @@ def test_a_committed_artifact_is_found_by_its_key(tmp_path: Path):
 def test_what_is_done_is_not_claimed_again(tmp_path: Path):
     store = Store(tmp_path)
     finished(store)
-    with store.claim({"values": KEY, "distill": KEY}) as folders:
-        assert folders == {"distill": store.folder("distill", KEY)}
+    with store.claim("values", KEY) as done, store.claim("distill", KEY) as other:
+        assert done is None and other == store.folder("distill", KEY)
 
 
 def test_a_second_claim_waits_and_reuses(tmp_path: Path):
@@ -238,27 +238,27 @@ def test_a_second_claim_waits_and_reuses(tmp_path: Path):
         waiting.set()
 
     def second() -> None:
-        with store.claim({"values": KEY}, waiting=tell) as folders:
-            owned.append(folders)
+        with store.claim("values", KEY, waiting=tell) as folder:
+            owned.append(folder)
 
-    with store.claim({"values": KEY}) as folders:
+    with store.claim("values", KEY) as folder:
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(20.0) and not owned
-        Workspace(folders["values"]).finish({"w": torch.ones(1)}, {})
+        Workspace(folder).finish({"w": torch.ones(1)}, {})
         store.commit("values", KEY, version=1, parts={})
     thread.join(20.0)
-    assert owned == [{}] and told == [("values", os.getpid())]
+    assert owned == [None] and told == [("values", os.getpid())]
     assert store.find("values", KEY) is not None
 
 
 def test_a_claim_given_up_is_free_with_its_checkpoint(tmp_path: Path):
     store = Store(tmp_path)
-    with pytest.raises(KeyboardInterrupt), store.claim({"values": KEY}) as folders:
-        Workspace(folders["values"]).checkpoint(7, {"w": torch.ones(1)})
+    with pytest.raises(KeyboardInterrupt), store.claim("values", KEY) as folder:
+        Workspace(folder).checkpoint(7, {"w": torch.ones(1)})
         raise KeyboardInterrupt
-    with store.claim({"values": KEY}) as folders:
-        restored = load_checkpoint(folders["values"].path)
+    with store.claim("values", KEY) as folder:
+        restored = load_checkpoint(folder.path)
         assert restored is not None and restored[1]["step"] == 7
 
 

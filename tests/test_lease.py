@@ -175,17 +175,17 @@ def test_a_takeover_that_was_killed_bars_nobody(tmp_path: Path, changes: dict[st
 def test_who_lost_a_lease_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Lease, "RENEW", 0.02)
     store = Store(tmp_path)
-    with pytest.raises(UserError, match="process 1 on host elsewhere"), store.claim({"values": KEY}) as folders:
-        workspace = Workspace(folders["values"])
+    with pytest.raises(UserError, match="process 1 on host elsewhere"), store.claim("values", KEY) as folder:
+        workspace = Workspace(folder)
         workspace.finish({"w": torch.tensor([1.0])}, {})
         deadline = time.monotonic() + 20.0
-        while folders["values"].uri not in LOST and time.monotonic() < deadline:
+        while folder.uri not in LOST and time.monotonic() < deadline:
             written(workspace.path)
             time.sleep(0.05)
         store.commit("values", KEY, version=3, parts={})
     assert store.find("values", KEY) is None and taken(workspace.path) == "theirs"
     (workspace.path / "lease.json").unlink()
-    with store.claim({"values": KEY}):  # it is this process's again
+    with store.claim("values", KEY):  # it is this process's again
         store.commit("values", KEY, version=3, parts={})
 
 

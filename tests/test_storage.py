@@ -182,8 +182,8 @@ def test_an_artifact_made_anew_is_fetched_anew(bucket: str, another_machine):
 
     def make(value: float) -> Artifact:
         store = Store(f"{bucket}/store")
-        with store.claim({"values": KEY}) as folders:
-            Workspace(folders["values"]).finish({"w": torch.tensor([value])}, {})
+        with store.claim("values", KEY) as folder:
+            Workspace(folder).finish({"w": torch.tensor([value])}, {})
             return store.commit("values", KEY, version=1, parts={})
 
     make(1.0)
