@@ -219,8 +219,8 @@ class ActorConfig(Section):
     length: PositiveInt = 100
     """Imagined steps of each."""
     discount: OpenFraction = 0.997
-    """gamma of the actor's score and of its V. Larger than data.discount: an end that is 400 steps away costs next to
-    nothing at 0.99, and speed pays at once."""
+    """gamma of the actor's score and of its V; data.discount where that is larger. An end that is 400 steps away costs
+    next to nothing at 0.99, and speed pays at once."""
     carried: Fraction = 0.5
     """Share of the roll-outs that go on where others of the round before ended, so that the actor learns where it gets
     to; the others start at states of the log."""
@@ -296,7 +296,8 @@ class PolicyConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Dropout in training, of the sum into each block."""
     max_timestep: PositiveInt = 1000
-    """Learned timestep embeddings; later steps share the last one."""
+    """Learned timestep embeddings at most; later steps share the last one, as do those that hardly an episode of the
+    log reaches."""
 
     @model_validator(mode="after")
     def _check(self) -> PolicyConfig:

@@ -49,7 +49,7 @@ from ipd_ray.training import cores, device_here, resolve_device
 from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
-IMAGINE_VERSION = 5
+IMAGINE_VERSION = 6
 _JUDGED_STEPS = 1000
 """Imagined steps of each episode by which actors are judged."""
 _OF_ALL_REACHES = {"reaches", "students", "student_updates"}

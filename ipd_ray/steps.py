@@ -38,10 +38,10 @@ from ipd_ray.distill.fit import (
     Material,
     Reducer,
     advantage_weight,
+    critic_spread,
     fit_policy,
     imagined_advantage,
     imagined_outcome,
-    uniform_action_spread,
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
@@ -140,9 +140,15 @@ def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConf
     fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
 
 
+_ALIKE = 1.5
+"""Times the median, up to which an uncertainty is as good as it."""
+
+
 def known_threshold(world_model: str, uncertainty: str, known: float) -> float:
-    """U that a share `known` of the held-out steps stays under."""
-    return float(np.quantile(holdout_uncertainty(world_model, uncertainty), known))
+    """U that a share `known` of the held-out steps stays under, and not much over their median: of few steps that
+    share is all, and where noise rules they are all alike."""
+    u = holdout_uncertainty(world_model, uncertainty)
+    return float(max(np.quantile(u, known), _ALIKE * np.median(u)))
 
 
 @lru_cache(maxsize=1)
@@ -384,7 +390,6 @@ class DistillJob:
         """Return what is distilled, ready for any number of workers. The one part that needs all of the data."""
         log, device = self.log.load(), self.place.device
         values = values_of(self.values, device)
-        t = log.transitions
         v, _ = logged_values(self.values, self.log, device)
         segments, verdict, imagined = self.imagined(log)
         lam, temperature = self.distill.advantage_lambda, self.distill.data_temperature
@@ -399,7 +404,7 @@ class DistillJob:
             self._prompts(log, segments, verdict),
             advantage_weight(of_log, of_log, temperature),
             advantage_weight(of_plans, of_log, temperature),
-            uniform_action_spread(values.q, t.observation, t.spec.action_dim, device),
+            critic_spread(values, log.transitions.observation, log.action_unit, device),
         )
         return Corpus.of(material, self.policy, self.distill, {"imagined": imagined, "log": self._about(log)})
 

@@ -226,9 +226,38 @@ class Log:
 
     @cached_property
     def observation_moments(self) -> tuple[Floats, Floats]:
-        """Mean and std, (O,) each, of the training observations; std is 1 where they are constant."""
+        """Mean and std, (O,) each, of the training observations; where they are constant, their size, 1 at least."""
         observation = self.transitions.observation[self.train_steps].astype(np.float64)
-        return observation.mean(0).astype(np.float32), one_where_zero(spread(observation, np.abs(observation).max(0)))
+        size = np.abs(observation).max(0)
+        std = spread(observation, size)
+        return observation.mean(0).astype(np.float32), np.where(std > 0, std, np.maximum(size, 1.0)).astype(np.float32)
+
+    @cached_property
+    def action_unit(self) -> Floats:
+        """(A,) what noise and changes of actions are measured in: 1, half the bounds' width, less where the log uses
+        little of it, and 0 where it always does the same. A tenth of wide bounds may be far from all that was tried.
+        """
+        action = self.transitions.action[self.train_steps].astype(np.float64)
+        return np.minimum(1.0, spread(action, np.ones(action.shape[1])) / np.float32(_WIDE))
+
+    @cached_property
+    def time_limit(self) -> int | None:
+        """Steps after which episodes are cut, as far as the log shows: the longest one's, unless it ended itself."""
+        t = self.transitions
+        longest = t.episode_length == t.episode_length.max()
+        cut = ~t.terminal[t.episode_start[1:] - 1]
+        return int(t.episode_length.max()) if (longest & cut).any() else None
+
+    def within_limit(self, steps: int) -> int:
+        """Return `steps`, or the time limit where that is less."""
+        return steps if self.time_limit is None else min(steps, self.time_limit)
+
+    @cached_property
+    def common_timestep(self) -> int:
+        """Last step of an episode that enough of the log reaches for a policy to learn what time it is: a tenth of the
+        episodes, or 20 of them."""
+        length = np.sort(self.transitions.episode_length)[::-1]
+        return int(length[min(20, -(-len(length) // 10)) - 1]) - 1
 
     @cached_property
     def step_ranges(self) -> tuple[Floats, Floats, float, float]:
@@ -292,11 +321,6 @@ def spread(values: NDArray[np.float64], magnitude: NDArray[np.float64]) -> Float
     return np.where(std > _ROUNDING * magnitude, std, 0.0).astype(np.float32)
 
 
-def one_where_zero(std: Floats) -> Floats:
-    """Return the std with 1 for 0: what a constant column may be divided by."""
-    return np.where(std > 0, std, np.float32(1.0))
-
-
 def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Spearman's rho of two columns (N,), equal values with their mean rank; 0 where one is constant."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -327,6 +351,8 @@ def reward_scale(transitions: Transitions, transform: str) -> float:
     return 1.0 / std if std > 0 else 1.0
 
 
+_WIDE = 0.4
+"""Std of a log's actions in [-1, 1] from which on they use the bounds: uniform ones have 0.58, MuJoCo's 0.4 to 0.8."""
 DISCOUNTS = (0.99, 0.995, 0.997, 0.999)
 _LOST = 0.25
 """Of what the best episodes return: so much less may those return that a discount takes for the best."""
@@ -377,6 +403,8 @@ def prepare(transitions: Transitions, config: DataConfig, seed: int) -> Log:
             "diagnostics and one at least is trained on: log at least 2 episodes."
         )
     order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(transitions.episodes)
+    if transitions.episode_length[order[:count]].sum() > len(transitions) // 2:  # of few, the long ones were drawn
+        order = np.argsort(transitions.episode_length, kind="stable")
     ends = transitions.terminal[transitions.episode_start[1:] - 1][order]
     if ends.any() and not ends[count:].any():  # then what a termination is could not be learned
         first = int(np.flatnonzero(ends)[0])

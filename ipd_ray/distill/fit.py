@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ipd_ray.artifacts import (
@@ -30,8 +29,9 @@ from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.distill.windows import Mixture, Prompts, Rows, Windows, flatten
 from ipd_ray.layers import block_generator
 from ipd_ray.training import train
+from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 4
+VERSION = 5
 _STREAM = 66
 
 
@@ -72,7 +72,7 @@ class Material:
     imagined_weight: Floats
     """(S, L) imitation weight of imagined steps, by the same rule."""
     critic_scale: float
-    """Spread of Q(s, .) over uniform actions, mean over states of the log."""
+    """See `critic_spread`."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ class Corpus:
     """See `windows.flatten`."""
     mixture: Mixture
     moments: Mapping[str, Any]
-    """Buffers of the policy: how it normalises observations and prompts."""
+    """Buffers of the policy: how it normalises observations and prompts, and which steps it tells apart."""
     critic_scale: float
+    action_unit: float
+    """Root mean square of `Log.action_unit`: what an error of imitation is measured in beside eta."""
     notes: Mapping[str, Any]
     """What the artifact will say of it; JSON."""
 
@@ -107,8 +109,10 @@ class Corpus:
             "prompt_std": max(float(m.prompts.log.std()), 1e-6),
             "prompt_low": float(low),
             "prompt_high": float(high),
+            "last_timestep": min(policy.max_timestep - 1, m.log.common_timestep),
         }
-        return cls(columns, mixture, moments, m.critic_scale, notes or {})
+        unit = float(np.sqrt(np.square(m.log.action_unit).mean()))
+        return cls(columns, mixture, moments, m.critic_scale, unit, notes or {})
 
     def write(self, path: Path) -> None:
         """Write it into one file, atomically."""
@@ -197,6 +201,8 @@ class DistillTrainer:
         )
         self._critic = critic if config.eta > 0 else None
         self._critic_scale = corpus.critic_scale
+        # Imitation is a square of actions: in the log's own units it would be larger by this.
+        self._eta = config.eta * corpus.action_unit**2
         named = dict(self.model.named_parameters())
         plain = [p for n, p in named.items() if p.ndim < 2 or "timestep" in n]
         decayed = [p for n, p in named.items() if not (p.ndim < 2 or "timestep" in n)]
@@ -225,7 +231,7 @@ class DistillTrainer:
         total = reduce.sum(torch.stack([sums.imitation, sums.q, sums.q_size, sums.weight, sums.count]).detach())
         imitation, q, q_size, weight, count = total.unbind()
         scale = q_size / count if config.critic_scale == "mean_abs" else torch.full_like(count, self._critic_scale)
-        eta = config.eta * min(1.0, (step + 1) / max(1.0, config.eta_warmup * config.updates))
+        eta = self._eta * min(1.0, (step + 1) / max(1.0, config.eta_warmup * config.updates))
         imitation_grad = torch.autograd.grad(sums.imitation / weight, leaf)[0]
         gradient = imitation_grad
         metrics = {"imitation": imitation / weight}
@@ -307,11 +313,16 @@ def fit_policy(
         yield step, metrics
 
 
-def uniform_action_spread(critic: CriticFn, observation: NDArray[np.float32], action_dim: int, device: str) -> float:
-    """Spread of min Q(s, .) over uniform actions, mean over up to 2000 states: one unit of eta."""
+def critic_spread(values: ValueFunctions, observation: Floats, action_unit: Floats, device: str) -> float:
+    """Spread of min Q(s, .) over actions, mean over up to 2000 states: one unit of eta.
+
+    Actions are uniform where the log uses the whole of their bounds, and as near to the behaviour policy's as the log
+    is where it does not (`Log.action_unit`): beyond, Q was never told anything.
+    """
     rows = np.linspace(0, len(observation) - 1, min(len(observation), 2000)).astype(np.int64)
-    s = torch.from_numpy(observation[rows]).to(device)
-    actions = torch.rand((32, len(rows), action_dim), generator=block_generator(0, _STREAM, 0)).to(device) * 2.0 - 1.0
+    s, unit = torch.from_numpy(observation[rows]).to(device), torch.from_numpy(action_unit).to(device)
+    shape = (32, len(rows), len(action_unit))
+    uniform = torch.rand(shape, generator=block_generator(0, _STREAM, 0)).to(device) * 2.0 - 1.0
     with torch.no_grad():
-        q = critic(s.expand(32, -1, -1), actions).amin(0)
+        q = values.q(s.expand(32, -1, -1), unit * uniform + (1.0 - unit) * values.act(s)).amin(0)
     return max(float(q.std(0).mean()), 1e-6)

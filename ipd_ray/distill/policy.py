@@ -44,10 +44,11 @@ class TransformerPolicy(nn.Module):
     prompt_std: Tensor
     prompt_low: Tensor
     prompt_high: Tensor
+    last_timestep: Tensor
 
     def __init__(self, observation_dim: int, action_dim: int, config: PolicyConfig, *, prompted: bool):
         super().__init__()
-        self.prompted, self.max_timestep, self.separate = prompted, config.max_timestep, config.tokens == "separate"
+        self.prompted, self.separate = prompted, config.tokens == "separate"
         self.embed_observation = nn.Linear(observation_dim, config.width)
         self.embed_action = nn.Linear(action_dim, config.width)
         self.embed_prompt = nn.Linear(1, config.width) if prompted else None
@@ -60,6 +61,7 @@ class TransformerPolicy(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.register_buffer("last_timestep", torch.tensor(config.max_timestep - 1))
         for name, value in (("mean", 0.0), ("std", 1.0), ("low", -1e9), ("high", 1e9)):
             self.register_buffer(f"prompt_{name}", torch.tensor(value))
 
@@ -75,10 +77,11 @@ class TransformerPolicy(nn.Module):
         """Return actions (B, K, A) inside (-1, 1).
 
         prompt_BK: in its own units, clipped here to the range seen in training. observation_BKO: raw. action_BKA: the
-        last one is not looked at. valid_BK: False on the left padding before an episode's start. noise_B: odd int32 a
-        window, with which dropout is done as `_dropped` says; None: no dropout.
+        last one is not looked at. timestep_BK: those after `last_timestep` share its embedding. valid_BK: False on the
+        left padding before an episode's start. noise_B: odd int32 a window, with which dropout is done as `_dropped`
+        says; None: no dropout.
         """
-        time = self.embed_timestep(timestep_BK.clamp(max=self.max_timestep - 1))
+        time = self.embed_timestep(torch.minimum(timestep_BK, self.last_timestep))
         observation = self.embed_observation((observation_BKO - self.observation_mean) / self.observation_std)
         prompt = None
         if self.embed_prompt is not None:

@@ -54,7 +54,8 @@ class Policy:
         model = TransformerPolicy(
             values["observation_dim"], values["action_dim"], config, prompted=self.prompt != "none"
         )
-        model.load_state_dict(stripped("policy", tensors))
+        # Nor had they a step from which on time is not told apart.
+        model.load_state_dict({"last_timestep": model.last_timestep, **stripped("policy", tensors)})
         self._model = frozen(model, device)
         self._values = load_values(stripped("values", tensors), values, device)
         self._target = described.get("target_return")

@@ -15,7 +15,7 @@ from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 5
+VERSION = 6
 _STREAM = 77
 
 
@@ -61,9 +61,10 @@ def imagined_returns(
     Off-policy evaluation by the model. Each step of each episode is answered by an elite drawn for it (TS1, Chua et al.
     2018), and each action carries noise, the same for every policy. An episode is halted at a step whose U is over
     `threshold` (MOReL, arXiv:2005.05951): what lies beyond is the model's invention, which policies that were made
-    inside the model have learned to please; every step from there on earns the log's poorest reward (1 % quantile).
-    uncertainty: kind of U. range_margin: share of the log's range by which a state may lie outside it; it is held
-    there. N is `config.episodes`, rounded up to a multiple of the elites.
+    inside the model have learned to please; every step from there on earns the log's poorest reward (1 % quantile),
+    and never more than an end would: where all that is logged is paid, leaving is not. Noise is in units of
+    `Log.action_unit`. uncertainty: kind of U. range_margin: share of the log's range by which a state may lie outside
+    it; it is held there. N is `config.episodes`, rounded up to a multiple of the elites.
     """
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
@@ -72,15 +73,16 @@ def imagined_returns(
     alive = torch.ones(N, dtype=torch.bool, device=device)
     halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)
-    poorest = float(np.quantile(log.reward, 0.01))
-    length = min(config.length, int(t.episode_length.max()))
+    poorest = min(0.0, float(np.quantile(log.reward, 0.01)))
+    length = log.within_limit(config.length)
+    noise_std = config.noise_std * torch.from_numpy(log.action_unit).to(device)
     earned: Floats | None = None
     policy.reset()
     for k in range(length):
         generator = block_generator(seed, _STREAM, k)
         action = torch.from_numpy(t.spec.rescale_action(policy.act_flat(s.cpu().numpy(), earned))).to(device)
         noise = torch.randn(action.shape, generator=generator).to(device)
-        action = (action + config.noise_std * noise).clamp(-1.0, 1.0)
+        action = (action + noise_std * noise).clamp(-1.0, 1.0)
         gaussians = dynamics.step_together(s, action)[3]
         halts = alive & (ensemble_uncertainty(*gaussians, uncertainty) > threshold)
         total += torch.where(halts, poorest * (length - k), 0.0)

@@ -101,7 +101,7 @@ def accept(
         discount,
     )
     bar = -np.inf if config.margin is None else config.margin * value_std
-    long_enough = length >= config.min_length
+    long_enough = length >= min(config.min_length, L)
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
     passed = accepted = long_enough & beats_own & beats_value
     if config.share < 1.0:  # a smaller share is a part of a larger one

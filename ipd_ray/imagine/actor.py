@@ -28,9 +28,9 @@ from ipd_ray.values.fit import evaluate_in_chunks, frozen
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 2
+VERSION = 3
 """Of an actor of one reach."""
-TAUGHT_VERSION = 4
+TAUGHT_VERSION = 5
 """Of the one that is taken, with its students."""
 _STREAM = 33
 _BATCH = 512
@@ -50,13 +50,15 @@ _WORST = 0.001
 
 
 class Actor(nn.Module):
-    """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension.
+    """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension, in
+    units of `Log.action_unit`.
 
     With it go networks that learned to do the same, its students.
     """
 
     observation_mean: Tensor
     observation_std: Tensor
+    action_unit: Tensor
 
     def __init__(
         self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float, students: int = 0
@@ -68,6 +70,7 @@ class Actor(nn.Module):
             nn.init.zeros_(parameter)  # at first it is the behaviour policy
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.register_buffer("action_unit", torch.ones(action_dim))
         self.student_net = EnsembleMLP(students, observation_dim, action_dim, width=width, layers=layers)
         self._reach = reach
         self.sizes: dict[str, Any] = {
@@ -78,7 +81,8 @@ class Actor(nn.Module):
     def act(self, observation: Tensor) -> Tensor:
         """Return actions (..., A) in [-1, 1] for raw observations (..., O)."""
         flat = self.normalise(observation).reshape(1, -1, observation.shape[-1])
-        action = torch.tanh(self.behaviour_net(flat)) + self._reach * torch.tanh(self.change_net(flat))
+        change = self._reach * self.action_unit * torch.tanh(self.change_net(flat))
+        action = torch.tanh(self.behaviour_net(flat)) + change
         return action.clamp(-1.0, 1.0).reshape(*observation.shape[:-1], -1)
 
     def normalise(self, observation: Tensor) -> Tensor:
@@ -144,6 +148,7 @@ class Rollouts:
         self.seed, self.device = seed, device
         self._uncertainty, self._threshold = uncertainty, threshold
         t = log.transitions
+        self._noise_std = config.noise_std * torch.from_numpy(log.action_unit).to(device)
         self.observation = torch.from_numpy(t.observation).to(device)
         """(T, O) of the log."""
         self.v = evaluate_in_chunks(values.v, t.observation, device=device)
@@ -169,7 +174,7 @@ class Rollouts:
     def walk(self, act: Callable[[Tensor], Tensor], s: Tensor, length: int, generator: torch.Generator) -> Walk:
         """Roll out from states (N, O), N a multiple of the elites, every second row with noise on its actions."""
         E, rows = self.dynamics.elites, len(s)
-        noise_std = self.config.noise_std * (torch.arange(rows, device=self.device) % 2)[:, None]
+        noise_std = self._noise_std * (torch.arange(rows, device=self.device) % 2)[:, None]
         alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         observations, rewards, ended, left, lives = [s], [], [], [], []
         for _ in range(length):
@@ -195,11 +200,11 @@ class Rollouts:
 class ActorTrainer:
     """One update is a round: roll the actor out, teach V what came of it, let the actor climb the score with that V.
 
-    The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma that of
-    `config.discount`; its gradient goes through world model and V into the actor (SVG, arXiv:1510.09142; Dreamer,
-    arXiv:1912.01603). V is regressed on the lambda-returns of roll-outs; what lies beyond what is known is worth no
-    more than the worst states of the log. A share of the roll-outs goes on where others of the round before ended: the
-    actor is to be good where it gets to.
+    The score is the planner's: sum_h gamma^h c_h r_h + gamma^H c_H V(s_H), each state inside one elite, gamma
+    `config.discount`, or the log's where that is larger; its gradient goes through world model and V into the actor
+    (SVG, arXiv:1510.09142; Dreamer, arXiv:1912.01603). V is regressed on the lambda-returns of roll-outs; what lies
+    beyond what is known is worth no more than the worst states of the log. A share of the roll-outs goes on where
+    others of the round before ended: the actor is to be good where it gets to.
 
     From round to round the actor swings, as each finds another flaw of the model. So each round's, an average over its
     updates, plays whole episodes inside the world model, and the best of the second half is kept, when V has had the
@@ -211,6 +216,7 @@ class ActorTrainer:
         self._rollouts, self._planner, self._judge = rollouts, planner, judge
         self._config, self._dynamics, self._device = rollouts.config, rollouts.dynamics, rollouts.device
         config, log, values = rollouts.config, rollouts.log, rollouts.values
+        self._discount = max(config.discount, log.discount)
         torch.manual_seed(rollouts.seed + 3)
         self.actor = _behaviour_policy(rollouts, reach)
         self.best = copy.deepcopy(self.actor)
@@ -225,7 +231,7 @@ class ActorTrainer:
         self._actor_optimizer = torch.optim.Adam(self._changed, lr=config.learning_rate, fused=True)
         self._critic_optimizer = torch.optim.Adam(self._critic.v_net.parameters(), lr=_VALUE_RATE, fused=True)
         # V of the log is of its own discount: as if each state's mean reward went on, which the first rounds mend.
-        longer = (1.0 - log.discount) / (1.0 - config.discount)
+        longer = (1.0 - log.discount) / (1.0 - self._discount)
         for moment in (self._critic.return_mean, self._critic.return_std):
             moment.mul_(longer)
         v = longer * rollouts.v
@@ -243,12 +249,12 @@ class ActorTrainer:
         if imagined > self.best_return and 2 * step >= self._config.rounds - 1:
             self.best.load_state_dict(self._average.state_dict())
             self.best_return, self.best_round = imagined, step + 1
-        return {**told, "imagined_return": torch.tensor(imagined)}
+        return {**told, "imagined_return": torch.tensor(imagined, device=self._device)}
 
     @torch.no_grad()
     def _roll_out(self, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the states on the way (N, O), their lambda-returns (N,), and what to tell of them."""
-        config, discount = self._config, self._config.discount
+        config, discount = self._config, self._discount
         generator = block_generator(self._rollouts.seed, _STREAM, 2 * step + 1)
         walk = self._rollouts.walk(self._average.act, self._starts(step), config.length, generator)
         self._ends = walk.observations[-1][walk.alive]
@@ -298,7 +304,7 @@ class ActorTrainer:
 
     def _climb(self, observation: Tensor, generator: torch.Generator) -> Tensor:
         """One update of the actor; return the mean score of its states."""
-        discount, horizon, E = self._config.discount, self._planner.horizon, self._dynamics.elites
+        discount, horizon, E = self._discount, self._planner.horizon, self._dynamics.elites
         size = max(1, self._config.batch_size // E)
         state = observation[torch.randint(len(observation), (E, size), generator=generator).to(self._device)]
         mean = plan_score(
@@ -345,6 +351,7 @@ def _behaviour_policy(rollouts: Rollouts, reach: float) -> Actor:
     actor.behaviour_net.load_state_dict(net.state_dict())
     for name in ("observation_mean", "observation_std"):
         getattr(actor, name).copy_(getattr(values, name))
+    actor.action_unit.copy_(torch.from_numpy(rollouts.log.action_unit))
     return frozen(actor, rollouts.device)
 
 

@@ -78,9 +78,11 @@ def plan(
     *,
     discount: float,
     generator: torch.Generator,
+    action_unit: Tensor | float = 1.0,
 ) -> Plan:
     """Decide the next action of each state.
 
+    action_unit: (A,) what noise and reach are measured in; see `Log.action_unit`.
     gradient: see `_gradient`. mpc: candidates follow the behaviour policy plus Gaussian noise for H steps, each inside
     one elite (mean transitions), and are scored by `plan_score`. The action is the average of the candidates' first
     actions, weighted by softmax(standardised score / temperature) (MPPI). The first candidate of each elite carries no
@@ -91,9 +93,11 @@ def plan(
     with matrix_products(observation_BO.device.type, config.precision):
         if config.kind == "gradient":
             chunk = max(1, GRADIENT_ROWS // dynamics.elites)
-            plans = [_gradient(part, dynamics, values, config, discount) for part in observation_BO.split(chunk)]
+            reach = config.reach * action_unit
+            plans = [_gradient(part, dynamics, values, config, discount, reach) for part in observation_BO.split(chunk)]
         else:
-            plans = _sampled(observation_BO, dynamics, values, config, discount, generator)
+            noise_std = config.noise_std * action_unit
+            plans = _sampled(observation_BO, dynamics, values, config, discount, generator, noise_std)
     return Plan(*(torch.cat(c) for c in zip(*((p.action, p.best_score, p.mean_score) for p in plans), strict=True)))
 
 
@@ -122,13 +126,14 @@ def _sampled(
     config: PlannerConfig,
     discount: float,
     generator: torch.Generator,
+    noise_std: Tensor | float,
 ) -> list[Plan]:
     """Plans of mpc and greedy_q, chunk by chunk; the noise does not depend on the chunks."""
     R = candidates_per_elite(config, dynamics.elites)
     depth = config.horizon if config.kind == "mpc" else 1
     B, device = len(observation_BO), observation_BO.device
     action_dim = values.act(observation_BO[:1]).shape[-1]
-    noise = torch.randn((depth, dynamics.elites, B, R, action_dim), generator=generator).to(device) * config.noise_std
+    noise = torch.randn((depth, dynamics.elites, B, R, action_dim), generator=generator).to(device) * noise_std
     noise[:, :, :, 0] = 0.0
     chunk = max(1, (CACHED_ROWS if device.type == "cpu" else ROWS) // (dynamics.elites * R))
     plans = []
@@ -140,7 +145,8 @@ def _sampled(
 
 
 def _gradient(
-    observation_BO: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float
+    observation_BO: Tensor, dynamics: Dynamics, values: Values, config: PlannerConfig, discount: float,
+    reach: Tensor | float,
 ) -> Plan:
     """First-order MPC: climb the score from the behaviour policy's own plan, and take the plan's first action.
 
@@ -155,7 +161,7 @@ def _gradient(
 
     def act(h: int, state: Tensor) -> Tensor:
         base = values.act(state) if h else first_BA.expand(E, -1, -1)
-        return (base + config.reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
+        return (base + reach * torch.tanh(x_HBA[h])).clamp(-1.0, 1.0)
 
     for i in range(config.iterations + 1):
         with torch.enable_grad():

@@ -37,8 +37,8 @@ def shard_specs(index: Ints, control: Bools, shard_size: int) -> list[ShardSpec]
 
 
 def segment_length(log: Log, imagine: ImagineConfig) -> int:
-    """L: no longer than the log's longest episode; no later step is ever acted in."""
-    return min(imagine.length, int(log.transitions.episode_length.max()))
+    """L: no longer than an episode may last."""
+    return log.within_limit(imagine.length)
 
 
 @torch.no_grad()
@@ -65,6 +65,7 @@ def imagine_shard(
     L = segment_length(log, imagine)
     s = torch.from_numpy(t.observation[spec.index]).to(device)
     observations, rewards, actions, imitated, ended_at, uncertainty = [s], [], [], [], [], []
+    unit = torch.from_numpy(log.action_unit).to(device)
     value = [values.v(s)]
     alive = torch.ones(len(s), dtype=torch.bool, device=device)
     for k in range(L):
@@ -75,7 +76,8 @@ def imagine_shard(
         elif actor is not None:
             action, wanted = actor.walk(s), actor.act(s)
         else:
-            action = wanted = plan(s, dynamics, values, planner, discount=log.discount, generator=generator).action
+            found = plan(s, dynamics, values, planner, discount=log.discount, generator=generator, action_unit=unit)
+            action = wanted = found.action
         following, reward, ended, gaussians = dynamics.step_together(s, action)
         ends = alive & (ended > 0.5)
         s = torch.where(alive[:, None], following, s)

@@ -25,7 +25,7 @@ from ipd_ray.training import exhaust, train
 from ipd_ray.values.losses import advantage_weights, expectile_loss
 from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 4
+VERSION = 5
 _BLOCK = 1000  # updates whose batches are drawn together
 _STREAM = 11
 M = TypeVar("M", bound=nn.Module)

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
-from ipd_ray.data.transitions import Log, one_where_zero, rank_correlation, spread
+from ipd_ray.data.transitions import Log, rank_correlation, spread
 from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
-VERSION = 3
+VERSION = 4
 _BLOCK = 250
 _STREAM = 22
 _HOLDOUT_ROWS = 20_000
@@ -51,9 +51,9 @@ class WorldModelTrainer:
             getattr(self.model, name).copy_(torch.from_numpy(value))
         self.model.to(device)
         self._config, self._seed, self._device = config, seed, device
-        columns = np.concatenate(
-            [(t.observation - mean) / std, t.action, (targets - target_mean) / one_where_zero(target_std)], 1
-        ).astype(np.float32)
+        varies = target_std > 0
+        wanted = np.where(varies, (targets - target_mean) / np.where(varies, target_std, 1.0), 0.0)
+        columns = np.concatenate([(t.observation - mean) / std, t.action, wanted], 1).astype(np.float32)
         self._split = [t.observation_dim + t.spec.action_dim, t.observation_dim + 1]
         self._table = torch.from_numpy(columns[log.train_steps]).to(device)
         held = log.holdout_steps
@@ -299,24 +299,27 @@ def rollout_error(
 ) -> dict[str, list[float]]:
     """Error of open-loop roll-outs along held-out actions, by depth, against standing still.
 
-    In units of the spread of observations; a start takes part as long as its episode lasts.
+    In units of the spread of observations, of which those count that vary; a start takes part as long as its episode
+    lasts.
     """
     t, held = log.transitions, log.holdout_steps
     left = log.episode_end[held] - held + 1
     rng = np.random.default_rng(0)
     begin = rng.choice(held, min(starts, len(held)), replace=False)
     remaining = left[np.searchsorted(held, begin)]
-    scale = log.observation_moments[1]
+    varies = t.observation[log.train_steps].std(0) > 0
+    scale = log.observation_moments[1][varies]
     s0 = t.observation[begin]
     s = torch.from_numpy(s0).to(device)
-    errors, still = [], []
+    errors: list[float] = []
+    still: list[float] = []
     for k in range(depth):
         alive = remaining > k
         if alive.sum() < 20:
             break
         index = np.minimum(begin + k, len(t) - 1)
         s, *_ = model.step_together(s, torch.from_numpy(t.action[index]).to(device))
-        truth = t.next_observation[index][alive]
-        errors.append(float(np.sqrt(np.square((s.cpu().numpy()[alive] - truth) / scale).mean())))
-        still.append(float(np.sqrt(np.square((s0[alive] - truth) / scale).mean())))
+        truth = t.next_observation[index]
+        for guess, into in ((s.cpu().numpy(), errors), (s0, still)):
+            into.append(float(np.sqrt(np.square((guess - truth)[alive][:, varies] / scale).mean())))
     return {"model": errors, "still": still}

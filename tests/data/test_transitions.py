@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from method_fixtures import counting_log
+from method_fixtures import log_of as log_by_hand
 
 from ipd_ray.config import DataConfig, load
 from ipd_ray.data.transitions import (
@@ -16,7 +18,6 @@ from ipd_ray.data.transitions import (
     Transitions,
     check,
     fitting_discount,
-    one_where_zero,
     prepare,
     reward_scale,
     spread,
@@ -162,7 +163,43 @@ def test_each_column_has_its_own_spread_and_a_constant_one_has_none():
     values = np.array([[0.0, 1e-6, 5.0, 5.0], [2e3, 3e-6, 5.0, 5.0 + 5e-7]])
     std = spread(values, np.abs(values).max(0))
     assert std == pytest.approx([1e3, 1e-6, 0.0, 0.0])
-    assert one_where_zero(std) == pytest.approx([1e3, 1e-6, 1.0, 1.0])
+
+
+def test_a_constant_column_is_divided_by_its_size():
+    # What float32 rounds of 1.7e9 seconds is 128.
+    seconds = np.array([[1.7e9], [1.7e9 + 128]], np.float32)
+    log = log_by_hand([(np.repeat(seconds, 3, 0)[:5], np.zeros((4, 1)), np.zeros(4), False)] * 2)
+    mean, std = log.observation_moments
+    assert np.abs((log.transitions.observation - mean) / std).max() < 1e-6
+
+
+def test_the_unit_of_actions_is_less_where_the_log_uses_little_of_their_bounds():
+    actions = np.resize([1.0, -1.0], (10, 1)) * [1.0, 0.1, 0.0] + [0.0, 0.3, -1.0]
+    log = log_by_hand([(np.zeros((11, 1)), actions, np.zeros(10), False)] * 2)
+    assert log.action_unit == pytest.approx([1.0, 0.25, 0.0])
+
+
+def test_a_limit_of_time_is_what_cuts_the_longest_episodes():
+    def log(*kinds: tuple[int, bool]) -> Log:
+        return log_by_hand([(np.zeros((n + 1, 1)), np.zeros((n, 1)), np.zeros(n), ended) for n, ended in kinds])
+
+    assert log((5, True), (9, False)).time_limit == 9 == log((9, True), (9, False)).time_limit
+    assert log((5, False), (9, True)).time_limit is None
+    assert log((5, True), (9, False)).within_limit(20) == 9 and log((9, True)).within_limit(20) == 20
+
+
+@pytest.mark.parametrize(
+    ("lengths", "last"),
+    [([50] * 5, 49), ([90, 40, *[10] * 10], 39), ([*range(1, 201)], 180), ([*range(1, 1001)], 980)],
+)
+def test_the_last_common_step_is_that_of_a_tenth_of_the_episodes_or_of_twenty(lengths: list[int], last: int):
+    assert counting_log(lengths).common_timestep == last
+
+
+def test_most_steps_are_trained_on_though_the_longest_episode_is_drawn_for_the_hold_out():
+    t = counting_log([3, 1000]).transitions
+    for seed in range(10):
+        assert len(prepare(t, DataConfig(), seed).train_steps) == 1000
 
 
 def episodes_of(*kinds: tuple[float, int]) -> Transitions:

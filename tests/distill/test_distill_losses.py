@@ -12,7 +12,7 @@ from method_fixtures import Episode, log_of, segments_of
 from torch import Tensor
 
 from ipd_ray.config import DistillConfig, PolicyConfig
-from ipd_ray.distill.fit import Corpus, DistillTrainer, Material, advantage_weight, uniform_action_spread
+from ipd_ray.distill.fit import Corpus, DistillTrainer, Material, advantage_weight, critic_spread
 from ipd_ray.distill.losses import loss_sums
 from ipd_ray.distill.windows import Prompts
 
@@ -74,14 +74,20 @@ def test_advantage_weights_have_mean_one_and_a_limit():
     assert plans.tolist() == pytest.approx([2 / (1 + np.exp(-2)), 2 * np.e / (1 + np.exp(-2))], rel=1e-5)
 
 
-def test_the_spread_of_a_linear_critic_over_uniform_actions():
+@pytest.mark.parametrize("unit", [1.0, 0.1])
+def test_the_spread_of_a_linear_critic_over_actions_near_the_log_s(unit: float):
     # Q = 7 s + 3 a: std of a uniform on [-1, 1] is 1 / sqrt 3.
-    def linear(s: Tensor, a: Tensor) -> Tensor:
-        q = 7.0 * s[..., 0] + 3.0 * a[..., 0]
-        return torch.stack([q, q + 5.0])
+    class Linear:
+        def q(self, s: Tensor, a: Tensor) -> Tensor:
+            q = 7.0 * s[..., 0] + 3.0 * a[..., 0]
+            return torch.stack([q, q + 5.0]) + torch.where(a.abs() > 0.1 + unit, 1e6, 0.0)[..., 0]
 
-    spread = uniform_action_spread(linear, np.linspace(-9, 9, 500, dtype=np.float32)[:, None], 1, "cpu")
-    assert spread == pytest.approx(3.0 / np.sqrt(3.0), rel=0.05)
+        def act(self, s: Tensor) -> Tensor:
+            return torch.full_like(s, 0.1)
+
+    states = np.linspace(-9, 9, 500, dtype=np.float32)[:, None]
+    spread = critic_spread(Linear(), states, np.array([unit], np.float32), "cpu")  # type: ignore[arg-type]
+    assert spread == pytest.approx(unit * 3.0 / np.sqrt(3.0), rel=0.05)
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
@@ -97,15 +103,19 @@ def towards(goal: float, slope: float = 1.0) -> Any:
     return q
 
 
+UNIT = 0.5 / np.sqrt(3.0) / 0.4
+"""About what the log's actions, uniform on [-0.5, 0.5], are measured in."""
+
+
 def trainer(
-    q: Any = None, *, reducer: Any = None, weight: Any = None, dropout: float = 0.0, **config: Any
+    q: Any = None, *, reducer: Any = None, weight: Any = None, dropout: float = 0.0, width: float = 1.0, **config: Any
 ) -> DistillTrainer:
-    """A log of random states whose action is half the state, and two plans."""
+    """A log of random states whose action is half the state times width, and two plans."""
     rng = np.random.default_rng(0)
     episodes: list[Episode] = []
     for _ in range(8):
         s = rng.uniform(-1.0, 1.0, (11, 1))
-        episodes.append((s, 0.5 * s[:-1], np.zeros(10), False))
+        episodes.append((s, 0.5 * width * s[:-1], np.zeros(10), False))
     log = log_of(episodes)
     segments = segments_of([3, 25], 3, log, observation=rng.uniform(-1, 1, (2, 4, 1)), action=np.full((2, 3, 1), 0.9))
     material = Material(
@@ -146,10 +156,22 @@ def test_imitation_learns_the_actions_of_the_log():
 
 
 def test_the_value_term_draws_the_policy_to_where_q_is_high():
-    # L = (pi - s/2)^2 + eta / 0.5 (pi - 0.8)^2 with eta = 2: pi = (s / 2 + 4 * 0.8) / 5.
-    t = trainer(towards(0.8), eta=2.0, eta_warmup=0.0)
+    # L = (pi - s/2)^2 / u^2 + eta / 0.5 (pi - 0.8)^2 with eta u^2 = 2: pi = (s / 2 + 4 * 0.8) / 5.
+    t = trainer(towards(0.8), eta=2.0 / UNIT**2, eta_warmup=0.0)
     learn(t)
     assert held_out_error(t, lambda s: (0.5 * s + 3.2) / 5.0) < 0.06
+
+
+def test_imitation_is_measured_in_units_of_the_log_s_actions():
+    # As above, where the log does a tenth of it: a tenth of the unit, and Q draws as much with a hundred times eta.
+    t = trainer(towards(0.08, 100.0), eta=2.0 / UNIT**2, eta_warmup=0.0, width=0.1)
+    learn(t)
+    assert held_out_error(t, lambda s: (0.05 * s + 0.32) / 5.0) < 0.02
+
+
+def test_steps_that_hardly_an_episode_reaches_are_not_told_apart():
+    # Of 8 episodes of 10 steps the longest counts.
+    assert int(trainer().model.last_timestep) == 9
 
 
 def test_eta_rises_from_zero():

@@ -113,6 +113,13 @@ def test_later_timesteps_share_the_last_embedding():
     assert not torch.allclose(late, actions(model, parts, timestep=torch.full((B, K), 18)), atol=1e-4)
 
 
+def test_timesteps_that_the_log_hardly_reaches_share_the_last_common_one():
+    model, parts = network(max_timestep=20), window()
+    model.last_timestep.fill_(7)
+    at, late = (actions(model, parts, timestep=torch.full((B, K), value)) for value in (7, 15))
+    assert torch.equal(at, late)
+
+
 def test_actions_stay_inside_the_bounds():
     model, parts = network(), window()
     torch.nn.init.normal_(model.head.weight, std=3.0)

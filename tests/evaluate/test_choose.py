@@ -28,9 +28,12 @@ class Always:
         return np.full((len(observation), 1), self.action, np.float32)
 
 
-def line_log(scale: float = 1.0) -> Log:
-    """x from 0 and from 0.1, in steps of 0.1, ten of them."""
-    episodes = [(first + np.arange(11)[:, None] / 10, np.full((10, 1), 0.1), np.ones(10), False) for first in (0, 0.1)]
+def line_log(scale: float = 1.0, reward: float = 1.0, width: float = 1.0, ended: bool = False) -> Log:
+    """x from 0 and from 0.1, in ten steps of 0.1, by actions that use the bounds' width; each step earns `reward`."""
+    actions = np.resize([1.0, -0.8], (10, 1)) * width
+    episodes = [
+        (first + np.arange(11)[:, None] / 10, actions, np.full(10, reward), ended and first > 0) for first in (0, 0.1)
+    ]
     return log_of(episodes, reward_scale=scale)
 
 
@@ -88,9 +91,11 @@ def test_states_are_held_near_the_range_of_the_log():
     assert where[:3] == pytest.approx([0.1, 1.0, 1.155], rel=1e-4) and max(where) == pytest.approx(1.155, rel=1e-4)
 
 
-def test_an_episode_is_halted_where_the_model_does_not_know_and_earns_the_poorest_reward():
+@pytest.mark.parametrize(("poorest", "after"), [(-1.0, -1.0), (1.0, 0.0)])
+def test_an_episode_is_halted_where_the_model_does_not_know_and_earns_the_poorest_reward(poorest: float, after: float):
     # Two earned a step in the model; beyond 0.45 the elites differ. From 0 the steps from 0, .1, .2, .3, .4 are known,
-    # from 0.1 those from .1 to .4; ten steps in all, the others earn 1, the log's only reward.
+    # from 0.1 those from .1 to .4; of ten steps the others earn the log's only reward, but no more than an end would:
+    # where each step is paid, to leave what is known at once would be as good as to stay for ever.
     class Unsure(Line):
         def step_together(self, observation: Any, action: Any) -> Any:
             following, reward, ended, (mean, log_variance) = super().step_together(observation, action)
@@ -98,8 +103,9 @@ def test_an_episode_is_halted_where_the_model_does_not_know_and_earns_the_poores
             return following, reward, ended, (torch.zeros_like(mean), log_variance.clone().fill_(-20.0) + 4 * unsure)
 
     world = Unsure(lambda s, s2: 2.0 * torch.ones_like(s))
-    returns, ended, halted = play(0.1, world, line_log(), threshold=0.1)
-    assert returns.tolist() == [15.0, 15.0, 14.0, 14.0] and (ended, halted) == (0.0, 1.0)
+    returns, ended, halted = play(0.1, world, line_log(reward=poorest), threshold=0.1)
+    wanted = [5 * 2.0 + 5 * after] * 2 + [4 * 2.0 + 6 * after] * 2
+    assert returns.tolist() == wanted and (ended, halted) == (0.0, 1.0)
 
 
 def test_noise_is_the_same_for_every_policy_and_finds_the_fragile_one():
@@ -113,6 +119,22 @@ def test_noise_is_the_same_for_every_policy_and_finds_the_fragile_one():
     assert standing < leaving - 0.5
     again = play(0.0, edge, log, noisy)[0].mean()
     assert again == standing != play(0.0, edge, log, noisy, seed=1)[0].mean()
+
+
+def test_an_episode_is_as_long_as_asked_for_where_the_log_s_longest_ended_by_itself():
+    # 10 steps are no limit of time if one of them ended there.
+    world = Line(lambda s, s2: torch.ones_like(s))
+    assert play(0.0, world, line_log(ended=True))[0].tolist() == [10.0] * 4
+    both = log_of([(np.zeros((11, 1)), np.zeros((10, 1)), np.ones(10), True)] * 2)
+    assert play(0.0, world, both)[0].tolist() == [50.0] * 4
+
+
+def test_noise_is_small_where_the_log_s_actions_are():
+    # Within a hundredth of its bounds an action of 0.1 would be no noise, but another world.
+    edge = Line(lambda s, s2: torch.ones_like(s), ended=lambda s2: (s2 < -0.05).float())
+    noisy = ChooseConfig(episodes=100, length=50, noise_std=0.1)
+    wide, narrow = (play(0.0, edge, line_log(width=width), noisy)[1] for width in (1.0, 0.01))
+    assert narrow == 0.0 < 0.4 < wide
 
 
 def test_what_cannot_be_told_apart_goes_to_the_simplest():

@@ -101,6 +101,11 @@ def test_too_short_a_rest_is_refused():
     assert v.reasons["too_short"] == pytest.approx(1 / 3)
 
 
+def test_no_segment_of_short_episodes_is_too_short():
+    # L is 4 where the longest episode is: nothing could be as long as min_length.
+    assert verdict(config=AcceptConfig(min_length=9, margin=0.0)).accepted.all()
+
+
 def test_a_segment_must_beat_the_log_and_v_by_the_margin():
     # I = 1.875. Margin 0.25 of a spread of 2 = 0.5: B or V(s_0) may be under 1.375, not over it.
     config = AcceptConfig(min_length=1, margin=0.25)

@@ -34,8 +34,9 @@ SMALL = ActorConfig(
 )
 PLANNER = PlannerConfig(kind="actor", horizon=3)
 REACH = SMALL.reaches[0]
-# On a line from -1 to 1; the log goes right by 0.05 a step, and earns nothing.
-LOG = log_of([(np.linspace(-1, 1, 41)[:, None], np.full((40, 1), 0.05), np.zeros(40), False)] * 3, discount=0.9)
+# On a line from -1 to 1; the log goes right by 0.05 a step in the mean, and earns nothing.
+EPISODE = (np.linspace(-1, 1, 41)[:, None], np.resize([1.0, -0.9], (40, 1)), np.zeros(40), False)
+LOG = log_of([EPISODE] * 3, discount=0.9)
 
 
 def values_of(log: Any) -> ValueFunctions:
@@ -82,6 +83,28 @@ def test_it_goes_where_the_reward_is_and_stays_within_reach():
     action = learned_in(Line(lambda s, s2: 1.0 - (s2 - 0.3).abs())).act(torch.tensor([[-0.8], [0.9]]))
     assert action[0] > 0.2 and action[1] < -0.2
     assert action.abs().max() <= REACH + 1e-6
+
+
+def test_reach_and_noise_are_in_units_of_what_the_log_does():
+    # Actions of a hundredth of their bounds: std 0.0095, in units of 0.4.
+    observation, action, *rest = EPISODE
+    narrow = log_of([(observation, action / 100, *rest)] * 3, discount=0.9)
+    unit = float(narrow.action_unit[0])
+    assert unit == pytest.approx(0.0095 / 0.4)
+    learner = trainer(Line(lambda s, s2: s2), narrow)
+    for step in range(2):
+        learner.update(step)
+    s = torch.tensor([[-0.8], [0.9]])
+    assert 0.0 < learner.actor.act(s).abs().max() <= REACH * unit + 1e-6
+    generator = torch.Generator().manual_seed(0)
+    moved = learner._rollouts.walk(torch.zeros_like, torch.zeros(200, 1), 1, generator).observations[1][1::2]
+    assert float(moved.std()) == pytest.approx(SMALL.noise_std * unit, rel=0.25)
+
+
+def test_the_actor_looks_as_far_ahead_as_the_values_at_least():
+    far = log_of([EPISODE] * 3, discount=0.95)
+    assert trainer(Line(lambda s, s2: s2), far)._discount == 0.95
+    assert trainer(Line(lambda s, s2: s2))._discount == SMALL.discount
 
 
 def test_what_ends_is_avoided_though_the_log_knows_no_end():

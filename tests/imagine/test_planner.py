@@ -46,6 +46,29 @@ def test_an_action_out_of_bounds_is_clipped():
     assert planned.best_score.item() == pytest.approx(-16.0)
 
 
+@pytest.mark.parametrize("kind", ["mpc", "greedy_q", "gradient"])
+def test_plans_keep_to_the_unit_of_the_log_s_actions(kind: str):
+    # All is better to the right; of two actions the log hardly ever changed the second.
+    class Plane(Line):
+        def step(self, observation: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            following = observation + action.sum(-1, keepdim=True)
+            return following, following[..., 0], torch.zeros_like(following[..., 0])
+
+    class Values(KnownValues):
+        def act(self, observation: Tensor) -> Tensor:
+            return torch.zeros(*observation.shape[:-1], 2)
+
+        def q(self, observation: Tensor, action: Tensor) -> Tensor:
+            return action.sum(-1).expand(2, *action.shape[:-1])
+
+    config = PlannerConfig.model_validate({"kind": kind, "candidates": 512, "horizon": 2, "noise_std": 0.3})
+    action = plan(
+        torch.zeros(4, 1), Plane(lambda s, s2: s2), Values(), config, discount=0.9,
+        generator=torch.Generator().manual_seed(0), action_unit=torch.tensor([1.0, 0.01]),
+    ).action
+    assert (action[:, 0] > 0.1).all() and (action[:, 1].abs() < 0.015).all()
+
+
 def test_the_terminal_value_counts_discounted():
     # No reward on the way; V(s') = -(s' + 0.4)^2 - 2: best at -0.4 with 0.9 * -2 = -1.8.
     planned = decide(Line(lambda s, s2: 0.0 * s2), KnownValues(value=lambda s: -((s + 0.4) ** 2) - 2.0))

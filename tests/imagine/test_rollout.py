@@ -18,7 +18,7 @@ from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, own_steps, shard_s
 LOG = log_of(
     [
         (np.arange(5)[:, None] / 10, np.full((4, 1), 0.1), [1.0, 2.0, 3.0, 4.0], False),
-        (np.arange(8, 12)[:, None] / 10, np.full((3, 1), 0.1), [5.0, 6.0, 7.0], True),
+        (np.arange(8, 12)[:, None] / 10, np.full((3, 1), -0.9), [5.0, 6.0, 7.0], True),
     ]
 )
 EDGE = Line(lambda s, s2: s2, ended=lambda s2: (s2 > 1.05).float())
