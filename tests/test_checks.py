@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,16 @@ def test_limits_of_time_that_are_logged_as_terminations(lengths: list[int], term
 def test_rewards_that_tell_nothing(reward: float | None, terminated: bool, said: bool):
     found = log_remarks(transitions([20, 30, 25], reward=reward, terminated=terminated))
     assert ("nothing tells a good action from a bad one" in " ".join(found)) == said
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"), [(lambda t: 1.7e9 + t, True), (lambda t: 0.01 * t, False), (lambda t: 5.0 + 0 * t, False)]
+)
+def test_what_float32_rounds_away_is_said(entry: Callable[[np.ndarray], np.ndarray], said: bool):
+    t = transitions([200])
+    t.observation[:, 1] = entry(np.arange(200.0))
+    found = " ".join(log_remarks(t))
+    assert ("entry 1 of the observation, of size 1.7e+09, varies no more than float32 rounds it" in found) == said
 
 
 @pytest.mark.parametrize(("bounds", "said"), [((0.0, 1.0), True), ((-2.0, 2.0), False), ((-3.0, 3.0), False)])

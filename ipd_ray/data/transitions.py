@@ -369,6 +369,12 @@ def log_remarks(transitions: Transitions) -> list[str]:
             f"{at_limit:.0%} of the episodes that terminate do so after exactly {longest} steps: if that is a limit of "
             "time, they are truncated, not terminated, and nothing may be learned of an end there."
         )
+    std, size = t.observation.std(0, dtype=np.float64), np.abs(t.observation).max(0)
+    for entry in np.flatnonzero((std > 0) & (std <= _ROUNDING * size)):
+        out.append(
+            f"entry {entry} of the observation, of size {size[entry]:.3g}, varies no more than float32 rounds it and "
+            "counts as constant: if it means something, subtract its first value before logging."
+        )
     first = float(t.reward[0])
     if (t.reward == t.reward[0]).all() and (first == 0.0 or not t.terminal.any()):
         out.append(f"every reward is {first:g}: nothing tells a good action from a bad one.")

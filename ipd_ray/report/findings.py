@@ -15,6 +15,8 @@ MAX_DECILE_GAP = 1.0
 MAX_START_GAP = 1.0
 """V(s_0) over the discounted return that the policy collected, in spreads of the data's."""
 MIN_EPISODES = 10
+MAX_HALTED = 0.5
+"""Of the episodes inside the world model, of the candidate that is halted least."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Finding:
 
 def findings(view: View) -> list[Finding]:
     """All findings of a run, in the order of the method, warnings first."""
-    steps = (_scores, _values, _world_model, _actor, _imagination, _distillation)
+    steps = (_scores, _values, _world_model, _actor, _imagination, _distillation, _choice)
     found = [finding for step in steps for finding in step(view)]
     return sorted(found, key=lambda f: not f.warning)
 
@@ -261,3 +263,15 @@ def _distillation(view: View) -> list[Finding]:
             )
         ]
     return []
+
+
+def _choice(view: View) -> list[Finding]:
+    candidates = view.diagnostics("choose").get("candidates") or []
+    halted = min((float(c["halted"]) for c in candidates), default=0.0)
+    if halted <= MAX_HALTED:
+        return []
+    return [Finding(
+        True, "returns",
+        f"The choice is all but blind: at least {100 * halted:.0f} % of each policy's episodes inside the world model "
+        "were halted where it does not know. Lower choose.noise_std or choose.length, or improve the world model.",
+    )]  # fmt: skip

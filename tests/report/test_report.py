@@ -273,6 +273,14 @@ def test_what_an_actor_came_to_is_said(tmp_path, monkeypatch, diagnostics, warni
     assert [f.warning for f in found if said in f.text] == [warning]
 
 
+@pytest.mark.parametrize(("halted", "warned"), [((0.9, 0.4), False), ((0.9, 0.6), True)])
+def test_a_choice_between_policies_that_are_all_halted_is_said_to_be_blind(tmp_path, monkeypatch, halted, warned):
+    rows = [{"variant": "ipd", "step": 10 * i, "return_mean": 1.0, "halted": h} for i, h in enumerate(halted)]
+    monkeypatch.setitem(HEALTHY, "choose", {"candidates": rows, "variant": "ipd", "step": 10})
+    found = findings(open_views([write_run(tmp_path / "run")])[0])
+    assert any("at least 60 % of each policy's episodes" in f.text and f.warning for f in found) == warned
+
+
 def test_a_policy_below_its_data_or_its_ablation_is_read_first(tmp_path):
     run = write_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
