@@ -122,9 +122,9 @@ def sweep(
 
 
 def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
-    """The settings, with the store named, so that best.yaml finds it, and the engine that they imply."""
-    store = common.get("runtime.store") or str(folder.folder.parent / "store")
-    more: dict[str, Any] = {"runtime.store": store}
+    """The settings, with the store named as trials and best.yaml find it from anywhere, and the engine they imply."""
+    store = Folder.of(common.get("runtime.store") or folder.folder.parent / "store")
+    more: dict[str, Any] = {"runtime.store": str(store)}
     if common.get("runtime.address") or common.get("runtime.workers", 1) != 1:
         more["runtime.engine"] = "ray"
     return {**common, **more}

@@ -109,6 +109,17 @@ def test_a_sweep_that_ended_is_resumed_at_once_and_not_begun_anew_by_mistake(don
     assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
 
 
+def test_a_store_beside_the_driver_is_the_trials_store(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The cluster's workers have another current folder."""
+    monkeypatch.chdir(done[0].parent)
+    question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
+    answer = swept(question, tmp_path / "sweep", runtime__store="store")
+    assert answer["failed"] == {} and made(tmp_path / "sweep") == Counter()
+    assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
+
+
 def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.discount=\[0\.9, 0\.99\] changes what fitted_q measures"):
         swept(Question(space={"data.discount": (0.9, 0.99)}, objective="fitted_q"), tmp_path / "sweep")
