@@ -50,6 +50,7 @@ from ipd_ray.storage import Folder
 from ipd_ray.sweep import (
     BEST,
     FRESH_SEEDS,
+    RUNS,
     Point,
     Question,
     Row,
@@ -102,11 +103,14 @@ def sweep(
         question = _decided(question, base, transitions)
         if "fitted_q" in (question.objective, *question.also) and not base.fitted_q.updates:
             common["fitted_q.updates"] = base.values.updates
-        _same_sweep(folder, question, dataset, transitions, common)
+        described = _described(folder, question, dataset, transitions, common)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the user's are relative to where they are
         ours = cluster.connect(base.runtime.address, dashboard=base.runtime.workers > 1)
         try:
             room = check_room(question, build(common), resolve_device(base.runtime.device), cluster.inspect())
+            if not folder.records():
+                shutil.rmtree(folder.folder / RUNS, ignore_errors=True)  # of a beginning that asked something else
+            folder.describe(described)
             work = _Work(folder, question, dataset, transitions, common, room, listener)
             work.make_shared()
             work.try_points()
@@ -138,7 +142,7 @@ def _check_folder(folder: Sweep, resume: bool) -> None:
         check_folder(Folder.of(folder.folder))
         return
     records = [r for r in folder.records() if not r.get("fresh")]
-    if not resume:
+    if records and not resume:
         ended = sum(r["state"] != "running" for r in records)
         raise UserError(
             f"{folder.folder} holds a sweep of which {ended} trials have ended: --resume goes on with it (and tries "
@@ -184,16 +188,16 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
     return question
 
 
-def _same_sweep(
+def _described(
     folder: Sweep, question: Question, dataset: str, transitions: Transitions, common: Mapping[str, Any]
-) -> None:
-    """Write what the sweep is. Raises UserError where the folder's is another."""
+) -> dict[str, Any]:
+    """What the sweep is. Raises UserError where the folder holds trials of another."""
     settings = {k: v for k, v in flatten(build(common).model_dump(mode="json")).items() if not k.startswith("runtime.")}
     content: dict[str, Any] = {
         "question": question.model_dump(mode="json"), "dataset": dataset, "content_hash": transitions.content_hash,
         "settings": settings,
     }
-    if folder.exists:
+    if folder.exists and folder.records():
         before = folder.described
         free = ("concurrency", "finalists", "points")  # change no trial
         old, new = (
@@ -206,7 +210,7 @@ def _same_sweep(
                 f"{folder.folder} is another sweep: {', '.join(differ)} differ{'s' * (len(differ) == 1)}: resume it as "
                 "it was, or give another --sweep-dir (what both need is computed once)."
             )
-    folder.describe(content)
+    return content
 
 
 @dataclass(frozen=True)

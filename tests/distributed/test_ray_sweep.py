@@ -120,6 +120,18 @@ def test_a_store_beside_the_driver_is_the_trials_store(
     assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
 
 
+def test_a_mistake_about_the_cluster_blocks_no_corrected_command(tmp_path: Path):
+    """Nor does a beginning without trials, of whatever."""
+    too_many = Question(space={"distill.eta": (0.0,)}, concurrency=99)
+    with pytest.raises(UserError, match="concurrency=99 must be at most 2"):
+        swept(too_many, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    Sweep(tmp_path / "sweep").describe({"question": {}, "settings": {}, "dataset": "other", "content_hash": ""})
+    with pytest.raises(UserError, match="concurrency=99 must be at most 2"):
+        swept(too_many, tmp_path / "sweep")
+    assert Sweep(tmp_path / "sweep").described["dataset"] == "other"
+
+
 def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.discount=\[0\.9, 0\.99\] changes what fitted_q measures"):
         swept(Question(space={"data.discount": (0.9, 0.99)}, objective="fitted_q"), tmp_path / "sweep")
