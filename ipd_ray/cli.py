@@ -297,12 +297,11 @@ def tune_command(
         typer.Option(help="Folder of the sweep; runs/<dataset>-<question> where not given. What trials share lies in "
                      "`store` beside it."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in the folder; failed trials are tried again.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search settings: runs that share all the work they have in common, on Ray Tune.
+
+    The same command again goes on where it stopped, and tries failed trials again.
 
     The file names fields of the config and the values to try, how often, and what is maximised. At the end there are
     a table, a report, and best.yaml, which `ipd-ray run --config` takes.
@@ -319,14 +318,14 @@ def tune_command(
     from ipd_ray.listeners import terminal
 
     folder = sweep_dir or Path("runs") / f"{dataset.replace('/', '_')}-{question.stem}"
-    answer = sweep(asked, dataset, common, sweep_dir=folder, resume=resume, listener=terminal)
+    answer = sweep(asked, dataset, common, sweep_dir=folder, listener=terminal)
     if as_json:
         _print_json(answer)
     _print(_sweep_table(answer), to_stderr=as_json)
     if failed := answer["failed"]:
         raise PartialError(
             f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and "
-            "--resume tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
+            "the same command tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
         )
 
 

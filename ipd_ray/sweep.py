@@ -1,7 +1,7 @@
 """A sweep's question and its answer: what is tried, how it is scored, which is best. Knows nothing of Ray.
 
 A point is one setting of the swept fields; a trial is one run of it, with one seed. The ledger in the sweep's folder
-holds one JSON file a trial, written by the driver alone, and is all that `--resume` and the report need.
+holds one JSON file a trial, written by the driver alone, and is all that going on and the report need.
 
 Best is chosen by a rule that does not reward luck. Points are ranked by the lower 95 % bound of their score: over seeds
 where there are several, else over episodes. Where there is an environment, the `finalists` of that ranking are

@@ -83,10 +83,11 @@ def sweep(
     common: Mapping[str, Any],
     *,
     sweep_dir: Path,
-    resume: bool = False,
     listener: Callable[[], Listener],
 ) -> dict[str, Any]:
     """Run a sweep to its end; return what its summary.json holds, `failed` trials among it: they stop no other.
+
+    Called again it goes on where it stopped, and tries failed trials again.
 
     common: {dotted name: value} of what all trials share. listener: makes one that hears of the sweep. Raises UserError
     for a mistake, before any work.
@@ -97,7 +98,7 @@ def sweep(
     for config in check_points(question, common):
         check_config(config)
     with api.holding(Folder.of(folder.folder)):
-        _check_folder(folder, resume)
+        _check_folder(folder)
         transitions = load(dataset, cache=(api.store_of(base, Folder.of(folder.folder)) / "data").path)
         check_data(base, transitions)
         question = _decided(question, base, transitions)
@@ -134,20 +135,13 @@ def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
     return {**common, **more}
 
 
-def _check_folder(folder: Sweep, resume: bool) -> None:
-    """Raise UserError where the folder holds something else, or a sweep that `resume` was not asked to go on with."""
-    if not folder.exists:
-        if RunFolder(folder.folder).exists:
-            raise UserError(f"{folder.folder} is the folder of a run, not of a sweep: give another --sweep-dir.")
-        check_folder(Folder.of(folder.folder))
+def _check_folder(folder: Sweep) -> None:
+    """Raise UserError where the folder holds something else."""
+    if folder.exists:
         return
-    records = [r for r in folder.records() if not r.get("fresh")]
-    if records and not resume:
-        ended = sum(r["state"] != "running" for r in records)
-        raise UserError(
-            f"{folder.folder} holds a sweep of which {ended} trials have ended: --resume goes on with it (and tries "
-            "failed ones again), another --sweep-dir begins anew, where what both need is still computed once."
-        )
+    if RunFolder(folder.folder).exists:
+        raise UserError(f"{folder.folder} is the folder of a run, not of a sweep: give another --sweep-dir.")
+    check_folder(Folder.of(folder.folder))
 
 
 def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Question:
@@ -207,8 +201,8 @@ def _described(
         )
         if differ := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
             raise UserError(
-                f"{folder.folder} is another sweep: {', '.join(differ)} differ{'s' * (len(differ) == 1)}: resume it as "
-                "it was, or give another --sweep-dir (what both need is computed once)."
+                f"{folder.folder} is another sweep: {', '.join(differ)} differ{'s' * (len(differ) == 1)}: ask as it "
+                "did, or give another --sweep-dir (what both need is computed once)."
             )
     return content
 

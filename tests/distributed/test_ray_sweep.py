@@ -36,11 +36,11 @@ def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
         yield root
 
 
-def swept(question: Question, folder: Path, *, resume: bool = False, **more: Any) -> dict[str, Any]:
+def swept(question: Question, folder: Path, **more: Any) -> dict[str, Any]:
     from ipd_ray.distributed.sweep import sweep
 
     common = {**COMMON, **{name.replace("__", "."): value for name, value in more.items()}}
-    return sweep(question, LOG, common, sweep_dir=folder, resume=resume, listener=Listeners)
+    return sweep(question, LOG, common, sweep_dir=folder, listener=Listeners)
 
 
 def made(folder: Path) -> Counter[str]:
@@ -97,14 +97,12 @@ def test_the_report_shows_what_was_asked(done: tuple[Path, dict[str, Any]]):
     assert "accepted against distill.eta" not in page and "Failed trials" not in page
 
 
-def test_a_sweep_that_ended_is_resumed_at_once_and_not_begun_anew_by_mistake(done: tuple[Path, dict[str, Any]]):
+def test_the_same_question_again_goes_on_and_another_one_is_refused(done: tuple[Path, dict[str, Any]]):
     folder, answer = done
     question = Question.model_validate(Sweep(folder).described["question"])
-    with pytest.raises(UserError, match="4 trials have ended: --resume goes on"):
-        swept(question, folder)
     with pytest.raises(UserError, match=r"another sweep: distill\.updates differs"):
-        swept(question, folder, resume=True, distill__updates=41)
-    again = swept(question, folder, resume=True)
+        swept(question, folder, distill__updates=41)
+    again = swept(question, folder)
     assert again["seconds"] < answer["seconds"] and again["shared"] and all(p["reused"] for p in again["shared"])
     assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
 
@@ -156,8 +154,8 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):
         space={"evaluate.environment": ("ipd_ray.testing:broken_pendulum", "Pendulum-v1")}, seeds=1, finalists=0
     )
     kept: list[int] = []
-    for resume in (False, True):
-        answer = swept(question, tmp_path / "sweep", resume=resume)
+    for _ in range(2):
+        answer = swept(question, tmp_path / "sweep")
         assert list(answer["failed"]) == ["000-seed0"] and "the motor is gone" in answer["failed"]["000-seed0"]
         assert answer["ranking"] == [1]
         failed, whole = Sweep(tmp_path / "sweep").records()
@@ -193,7 +191,7 @@ def test_tpe_goes_on_from_its_ledger(tmp_path: Path):
     )
     swept(question, tmp_path / "sweep")
     before = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
-    answer = swept(question.model_copy(update={"points": 3}), tmp_path / "sweep", resume=True)
+    answer = swept(question.model_copy(update={"points": 3}), tmp_path / "sweep")
     after = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
     assert len(after) == 3 and after[:2] == before and len({s["distill.eta"] for s in after}) == 3
     assert len(answer["ranking"]) == 3
@@ -220,7 +218,7 @@ def test_a_killed_driver_loses_no_trial_and_the_table_is_that_of_an_undisturbed_
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert 1 <= len(ended) < 4
-    assert subprocess.run([*words, "--resume"]).returncode == 0
+    assert subprocess.run(words).returncode == 0
     answer = json.loads((tmp_path / "sweep" / "summary.json").read_text())
     assert [answer[k] for k in ("points", "ranking", "best")] == [done[1][k] for k in ("points", "ranking", "best")]
     stored = Counter(p.parent.parent.name for p in (tmp_path / "store").glob("*/*/artifact.json"))
