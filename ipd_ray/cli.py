@@ -293,9 +293,9 @@ def tune_command(
     dataset: Annotated[str, typer.Option(help="Minari id, local or remote, or `demo`.")],
     overrides: Overrides = None, preset: Preset = None, config: ConfigFile = None,
     sweep_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the sweep; runs/<dataset>-<question> where not given. What trials share lies in "
-                     "`store` beside it."),
+        str | None,
+        typer.Option(help="Folder of the sweep, on a cluster one that every node mounts; runs/<dataset>-<question> "
+                     "where not given. What trials share lies in `store` beside it.", metavar="PATH"),
     ] = None,
     as_json: Json = False,
 ) -> None:

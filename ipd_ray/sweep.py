@@ -370,6 +370,16 @@ class Sweep:
 
     folder: Path
 
+    @classmethod
+    def of(cls, place: str | Path) -> Sweep:
+        """Return the sweep of a folder, where there may be none yet. Raises UserError for a URI."""
+        if "://" in str(place):
+            raise UserError(
+                f"--sweep-dir={place}: a sweep's folder must be a path, on a cluster one that every node mounts; what "
+                "its trials share may lie in a bucket (runtime.store=s3://BUCKET/store)."
+            )
+        return cls(Path(place).absolute())
+
     @property
     def described(self) -> dict[str, Any]:
         """Content of sweep.json. Raises UserError for a folder that is no sweep, or of an unknown schema."""

@@ -82,7 +82,7 @@ def sweep(
     dataset: str,
     common: Mapping[str, Any],
     *,
-    sweep_dir: Path,
+    sweep_dir: str | Path,
     listener: Callable[[], Listener],
 ) -> dict[str, Any]:
     """Run a sweep to its end; return what its summary.json holds, `failed` trials among it: they stop no other.
@@ -92,7 +92,7 @@ def sweep(
     common: {dotted name: value} of what all trials share. listener: makes one that hears of the sweep. Raises UserError
     for a mistake, before any work.
     """
-    folder = Sweep(sweep_dir.absolute())
+    folder = Sweep.of(sweep_dir)
     common = _runtime(common, folder)
     base = build(common)
     for config in check_points(question, common):
