@@ -36,6 +36,7 @@ from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
 from ipd_ray.data.minari_source import DEMO, load
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distributed import cluster
+from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns
@@ -109,6 +110,10 @@ def sweep(
         ours = cluster.connect(base.runtime.address, dashboard=base.runtime.workers > 1)
         try:
             room = check_room(question, build(common), resolve_device(base.runtime.device), cluster.inspect())
+            require_storage(
+                [str(base.runtime.store), str(folder.folder)], "give --sweep-dir a mount that every node has, and "
+                "runtime.store such a mount or a URI such as s3://bucket/store with credentials on every node"
+            )
             if not folder.records():
                 shutil.rmtree(folder.folder / RUNS, ignore_errors=True)  # of a beginning that asked something else
             folder.describe(described)
@@ -264,7 +269,8 @@ class _Work:
 
     def make_shared(self) -> None:
         """Have in the store what trials are known to need, up to imagination. What fails here is left to these trials,
-        which fail by themselves, or do not."""
+        which fail by themselves, or do not; so is a point that does not go with the log. Other mistakes are of all,
+        such as a full disk: they raise UserError."""
         fronts: dict[tuple[str, ...], tuple[RunConfig, str]] = {}
         for config, until in self._fronts():
             parts = Parts(config, self._transitions.content_hash, self._transitions.spec)
@@ -274,16 +280,23 @@ class _Work:
         for number, (keys, (config, until)) in enumerate(sorted(fronts.items(), key=lambda item: -len(item[0]))):
             if made.issuperset(keys):
                 continue
+            try:
+                check_data(config, self._transitions)
+            except UserError:
+                continue
             made |= set(keys)
             heard = _Heard()
             runtime = config.runtime.model_copy(update={"engine": "ray", "address": None})
             run_dir = self._folder.run_dir(f"shared-{number}")
+            _wait_for_the_dead(run_dir)
             try:
                 api.run(
                     self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
                     listeners=[self._listener(), heard],
                 )
                 self.shared += heard.parts(RunFolder(run_dir))
+            except UserError:
+                raise
             except Exception as error:
                 self._said.note(f"note: what trials share could not be made, they try by themselves: {error}")
 
@@ -561,7 +574,7 @@ def run_trial(spec: dict[str, Any]) -> None:
 
 
 def _wait_for_the_dead(folder: Path) -> None:
-    """Wait until the trial's process before this one, lost with its machine, owns the run folder no more."""
+    """Wait until the process before this one, lost with its machine, owns the run folder no more."""
     end = time.monotonic() + Lease.EXPIRES + Lease.RENEW
     while (lease := Lease(folder)).acquire() is not None and time.monotonic() < end:
         time.sleep(1.0)

@@ -130,6 +130,23 @@ def test_a_mistake_about_the_cluster_blocks_no_corrected_command(tmp_path: Path)
     assert Sweep(tmp_path / "sweep").described["dataset"] == "other"
 
 
+def test_nodes_that_cannot_reach_the_store_are_named_before_any_work(bucket: str, tmp_path: Path):
+    """The cluster was started without the credentials and the endpoint that this process has."""
+    with pytest.raises(UserError, match=rf"node .*, {bucket}/store: .*give --sweep-dir a mount that every node has"):
+        swept(Question(space={"distill.eta": (0.0,)}), tmp_path / "sweep", runtime__store=f"{bucket}/store")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_that_all_trials_share_is_refused_and_not_left_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("ipd_ray.checks.shutil", full)
+    with pytest.raises(UserError, match=r"the store .* needs about .* the disk has 0 B left"):
+        swept(Question(space={"distill.eta": (0.0,)}, seeds=1), tmp_path / "sweep")
+    assert Sweep(tmp_path / "sweep").records() == []
+
+
 def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.discount=\[0\.9, 0\.99\] changes what fitted_q measures"):
         swept(Question(space={"data.discount": (0.9, 0.99)}, objective="fitted_q"), tmp_path / "sweep")
