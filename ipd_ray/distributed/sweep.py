@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from ipd_ray import api
 from ipd_ray.artifacts import SNAPSHOT, load_tensors
 from ipd_ray.checks import check_config, check_data, check_folder
-from ipd_ray.config import RunConfig, as_yaml, build, flatten
+from ipd_ray.config import RunConfig, as_yaml, build, flatten, label_selector
 from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
 from ipd_ray.data.minari_source import DEMO, load
 from ipd_ray.data.transitions import Transitions
@@ -109,7 +109,9 @@ def sweep(
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the user's are relative to where they are
         ours = cluster.connect(base.runtime.address, dashboard=base.runtime.workers > 1)
         try:
-            room = check_room(question, build(common), resolve_device(base.runtime.device), cluster.inspect())
+            there, device = cluster.inspect(), resolve_device(base.runtime.device)
+            cluster.check(base.runtime, device, there)
+            room = check_room(question, build(common), device, there)
             require_storage(
                 [str(base.runtime.store), str(folder.folder)], "give --sweep-dir a mount that every node has, and "
                 "runtime.store such a mount or a URI such as s3://bucket/store with credentials on every node"
@@ -222,11 +224,21 @@ class Room:
     cpu: float
     gpu: float
     """What the trial itself holds."""
+    labels: Mapping[str, str]
+    """Of the nodes where trials run: those of distillation, which a lost node sets back by most."""
+
+    def request(self) -> tune.PlacementGroupFactory:
+        """What Tune asks Ray for, for one trial."""
+        return tune.PlacementGroupFactory(
+            [{"CPU": self.cpu, "GPU": self.gpu}], bundle_label_selector=[dict(self.labels)]
+        )
 
 
 def check_room(question: Question, base: RunConfig, device: str, there: cluster.Cluster) -> Room:
     """Return how many trials run at a time. Raises UserError where they have no room: they would wait for ever."""
     runtime, cuda = base.runtime, device.startswith("cuda")
+    labels = label_selector(runtime.worker_labels)
+    there = there.where(labels)
     gpus = runtime.gpus_per_actor if cuda and runtime.workers == 1 else float(cuda)
     wanted = question.concurrency
     threads = runtime.train_threads or there.threads((wanted or there.slots(1, gpus)) * runtime.workers, gpus)
@@ -234,13 +246,14 @@ def check_room(question: Question, base: RunConfig, device: str, there: cluster.
     fit = there.slots(threads, gpus) // runtime.workers
     each = f"{runtime.workers} worker{'s' * (runtime.workers > 1)} of {threads} CPU{'s' * (threads > 1)}"
     each += f" and {gpus:g} GPU" * cuda
+    labelled = f" with runtime.worker_labels={runtime.worker_labels}" * bool(labels)
     if not there.autoscaled and (wanted or 1) > fit:
         raise UserError(
-            f"concurrency={wanted or 1} must be at most {fit}: a trial takes {each}, the cluster has {there}: lower "
-            "concurrency, runtime.workers or runtime.train_threads, or add nodes."
+            f"concurrency={wanted or 1} must be at most {fit}: a trial takes {each}, the cluster has {there}"
+            f"{labelled}: lower concurrency, runtime.workers or runtime.train_threads, or add nodes."
         )
     alone = runtime.workers == 1
-    return Room(wanted or max(1, fit), threads, float(threads) if alone else LEAST_CPU, gpus if alone else 0.0)
+    return Room(wanted or max(1, fit), threads, float(threads) if alone else LEAST_CPU, gpus if alone else 0.0, labels)
 
 
 # ---- the work
@@ -401,9 +414,8 @@ class _Work:
             TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0",
         )
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses Tune's own files
-        resources = {"cpu": self._room.cpu, "gpu": self._room.gpu}
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, {k: v for k, v in resources.items() if v}),
+            tune.with_resources(run_trial, self._room.request()),
             tune_config=tune.TuneConfig(
                 search_alg=ledger, scheduler=scheduler, num_samples=trials,
                 max_concurrent_trials=self._room.at_once, trial_dirname_creator=lambda trial: trial.trial_id,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -260,14 +261,18 @@ def test_two_workers_a_trial_find_room_and_give_it_back(_minari: Path, tmp_path:
 
 
 def room(
-    concurrency: int | None = None, nodes: tuple[float, ...] = (2.0,), autoscaled: bool = False, **runtime: Any
+    concurrency: int | None = None, nodes: Sequence[float] | Mapping[str, float] = (2.0,), autoscaled: bool = False,
+    **runtime: Any,
 ) -> Any:
+    """nodes: their CPUs; where they have a label `zone`, by that."""
     from ipd_ray.distributed.cluster import Cluster, Node
     from ipd_ray.distributed.sweep import check_room
 
     question = Question(space={"distill.eta": (0.0,)}, concurrency=concurrency)
     base = build({"runtime.engine": "ray", **{f"runtime.{name}": value for name, value in runtime.items()}})
-    return check_room(question, base, "cpu", Cluster(tuple(Node(cpus, 0.0) for cpus in nodes), autoscaled))
+    labelled = nodes.items() if isinstance(nodes, Mapping) else [("", cpus) for cpus in nodes]
+    there = Cluster(tuple(Node(cpus, 0.0, {"zone": zone} if zone else {}) for zone, cpus in labelled), autoscaled)
+    return check_room(question, base, "cpu", there)
 
 
 def test_a_trial_holds_the_cpus_it_uses():
@@ -291,6 +296,32 @@ def test_a_trial_with_workers_holds_next_to_nothing_and_all_of_them_have_room():
 def test_what_would_wait_for_ever_is_refused(asked: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said):
         room(**asked)
+
+
+def test_trials_have_room_where_distillation_has():
+    zones = {"a": 4.0, "b": 2.0}
+    assert (room(nodes=zones).at_once, room(nodes=zones, worker_labels="zone=b").at_once) == (6, 2)
+    with pytest.raises(UserError, match=r"at most 2: .* on 1 node with runtime\.worker_labels=zone=b: lower"):
+        room(concurrency=3, nodes=zones, worker_labels="zone=b")
+
+
+def test_labels_that_no_node_has_are_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(UserError, match=r"runtime\.worker_labels=zone=b: no node has these labels"):
+        swept(Question(space={"distill.eta": (0.0,)}), tmp_path / "sweep", runtime__worker_labels="zone=b")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_ray_is_asked_for_nodes_with_the_labels(ray_cluster: str):
+    """By the label that every node has, each its own: the room is found on the one there is, on no other."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    [node] = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+    for name, found in ((node, True), ("f" * len(node), False)):
+        asked = room(nodes=(1.0,), autoscaled=True, worker_labels=f"ray.io/node-id={name}").request()
+        group = asked.to_placement_group()
+        assert group.wait(timeout_seconds=60.0 if found else 1.0) is found
+        remove_placement_group(group)
 
 
 def test_where_machines_may_come_nothing_is_refused():
