@@ -100,7 +100,7 @@ class Question(Section):
     finalists: int = 3
     """Points that are evaluated again with fresh environment seeds (objective return); 0: none."""
     concurrency: PositiveInt | None = None
-    """Trials at a time; as many as fit where not given."""
+    """Trials at a time; where not given, as many as fit, and where an autoscaler may make room 16 more, or as many."""
     sampler_seed: int = 0
     """Of random and tpe."""
 

@@ -17,7 +17,7 @@ from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder
 
 AHEAD = 16
-"""Actors asked for at least beyond the room there is, where an autoscaler may make room."""
+"""Workers asked for at least beyond the room there is, where an autoscaler may make room."""
 LOOK_SECONDS = 5.0
 
 
@@ -99,12 +99,14 @@ class RayEngine:
 
 
 def most_actors(runtime: RuntimeConfig, room: int, autoscaled: bool) -> int:
-    """Return how many actors there may be: as many as the user says; else what there is room for, and as many again
-    where a cluster may grow. What they find no room for is the autoscaler's demand: it doubles the cluster by and by.
-    """
-    if runtime.actors:
-        return runtime.actors
-    return max(room + max(AHEAD, room) * autoscaled, runtime.min_actors)
+    """Return how many actors there may be: as many as the user says; else as many as are asked for."""
+    return runtime.actors or max(asked_for(room, autoscaled), runtime.min_actors)
+
+
+def asked_for(room: int, autoscaled: bool) -> int:
+    """Return how many workers are asked for: as many as there is room for, and as many again where a cluster may grow.
+    What they find no room for is the autoscaler's demand: it doubles the cluster by and by."""
+    return room + max(AHEAD, room) * autoscaled
 
 
 def _require_absolute(name: str, path: str) -> None:

@@ -5,7 +5,7 @@ What blocks, and why nothing does. What many trials need (values, world model, i
 starts, by actors on the whole cluster. A trial with one worker holds the CPUs of its own process, in which it does
 everything; should it wait for a key that another is making, that one has its CPUs already. A trial with N workers holds
 0.01 CPU and asks for N workers or for one actor at a time: `check_room` refuses more trials at a time than have room
-for all of theirs together.
+for all of theirs together. Where an autoscaler may make room, more are asked for, and wait: that is its demand.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
 from ipd_ray.data.minari_source import DEMO, load
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.distributed import cluster
+from ipd_ray.distributed.engine import asked_for
 from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
@@ -243,7 +244,8 @@ def check_room(question: Question, base: RunConfig, device: str, there: cluster.
     wanted = question.concurrency
     threads = runtime.train_threads or there.threads((wanted or there.slots(1, gpus)) * runtime.workers, gpus)
     threads = max(threads, runtime.threads)
-    fit = there.slots(threads, gpus) // runtime.workers
+    slots = there.slots(threads, gpus)
+    fit = slots // runtime.workers
     each = f"{runtime.workers} worker{'s' * (runtime.workers > 1)} of {threads} CPU{'s' * (threads > 1)}"
     each += f" and {gpus:g} GPU" * cuda
     labelled = f" with runtime.worker_labels={runtime.worker_labels}" * bool(labels)
@@ -252,8 +254,9 @@ def check_room(question: Question, base: RunConfig, device: str, there: cluster.
             f"concurrency={wanted or 1} must be at most {fit}: a trial takes {each}, the cluster has {there}"
             f"{labelled}: lower concurrency, runtime.workers or runtime.train_threads, or add nodes."
         )
-    alone = runtime.workers == 1
-    return Room(wanted or max(1, fit), threads, float(threads) if alone else LEAST_CPU, gpus if alone else 0.0, labels)
+    alone, at_once = runtime.workers == 1, asked_for(slots, there.autoscaled) // runtime.workers
+    cpu, gpu = (float(threads), gpus) if alone else (LEAST_CPU, 0.0)
+    return Room(wanted or max(1, at_once), threads, cpu, gpu, labels)
 
 
 # ---- the work

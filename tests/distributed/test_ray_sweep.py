@@ -326,3 +326,11 @@ def test_ray_is_asked_for_nodes_with_the_labels(ray_cluster: str):
 
 def test_where_machines_may_come_nothing_is_refused():
     assert room(concurrency=8, autoscaled=True).at_once == 8
+
+
+def test_where_machines_may_come_trials_that_wait_ask_for_them():
+    """By the rule of actors: 16 workers beyond what is there, or as many again."""
+    there = ((), (2.0,), (20.0,))
+    assert [room(nodes=nodes, autoscaled=True, train_threads=1).at_once for nodes in there] == [16, 18, 40]
+    assert room(nodes=(), autoscaled=True, train_threads=1, workers=3).at_once == 5
+    assert room(nodes=(), autoscaled=True, train_threads=1, workers=32).at_once == 1
