@@ -32,9 +32,9 @@ from ipd_ray import api
 from ipd_ray.artifacts import SNAPSHOT, load_tensors
 from ipd_ray.checks import check_config, check_data, check_folder
 from ipd_ray.config import RunConfig, as_yaml, build, flatten, label_selector
-from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
-from ipd_ray.data.minari_source import DEMO, load
-from ipd_ray.data.transitions import Transitions
+from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
+from ipd_ray.data.minari_source import load
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.distributed import cluster
 from ipd_ray.distributed.engine import asked_for
 from ipd_ray.distributed.nodes import require_storage
@@ -97,11 +97,12 @@ def sweep(
     folder = Sweep.of(sweep_dir)
     common = _runtime(common, folder)
     base = build(common)
+    store = api.store_of(base, Folder.of(folder.folder))
     for config in check_points(question, common):
         check_config(config)
     with api.holding(Folder.of(folder.folder)):
         _check_folder(folder)
-        transitions = load(dataset, cache=(api.store_of(base, Folder.of(folder.folder)) / "data").path)
+        transitions = load(dataset, cache=(store / "data").path)
         check_data(base, transitions)
         question = _decided(question, base, transitions)
         if "fitted_q" in (question.objective, *question.also) and not base.fitted_q.updates:
@@ -114,12 +115,13 @@ def sweep(
             cluster.check(base.runtime, device, there)
             room = check_room(question, build(common), device, there)
             require_storage(
-                [str(base.runtime.store), str(folder.folder)], "give --sweep-dir a mount that every node has, and "
+                [str(store), str(folder.folder)], "give --sweep-dir a mount that every node has, and "
                 "runtime.store such a mount or a URI such as s3://bucket/store with credentials on every node"
             )
             if not folder.records():
                 shutil.rmtree(folder.folder / RUNS, ignore_errors=True)  # of a beginning that asked something else
             folder.describe(described)
+            keep_columns(store, transitions)  # what trials read
             work = _Work(folder, question, dataset, transitions, common, room, listener)
             work.make_shared()
             work.try_points()
@@ -307,7 +309,7 @@ class _Work:
             _wait_for_the_dead(run_dir)
             try:
                 api.run(
-                    self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
+                    self._transitions, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
                     listeners=[self._listener(), heard],
                 )
                 self.shared += heard.parts(RunFolder(run_dir))
@@ -403,7 +405,8 @@ class _Work:
         return {
             "dataset": self._dataset, "config": json.dumps(flatten(plain)),
             "run_dir": str(self._folder.run_dir(record["trial"])), "objective": self._question.objective,
-            "also": list(self._question.also), "rungs": rungs, "datasets": _datasets(self._dataset),
+            "also": list(self._question.also), "rungs": rungs, "content_hash": self._transitions.content_hash,
+            "log": self._transitions.spec.to_json(),
             "repeat": json.dumps(record["rungs"]) if record["state"] in _ENDED else "",
         }
 
@@ -429,12 +432,6 @@ class _Work:
             ),
         )
         tuner.fit()
-
-
-def _datasets(dataset: str) -> str | None:
-    """Where this process finds the dataset; None: where Minari looks by itself."""
-    root = demo_root() if dataset == DEMO else os.environ.get(ROOT_VARIABLE)
-    return str(Path(root).absolute()) if root else None
 
 
 _ENDED = ("done", "stopped")
@@ -569,13 +566,14 @@ def run_trial(spec: dict[str, Any]) -> None:
         tune.report({"step": step, "score": score})
     if spec["repeat"]:
         return
-    if spec["datasets"]:  # where the driver finds them, whatever a cluster that was there before it was started with
-        os.environ[ROOT_VARIABLE] = spec["datasets"]
     config, run = build(json.loads(spec["config"])), RunFolder(Path(spec["run_dir"]))
     heard = _Rungs(config, run) if spec["rungs"] else _Heard()
     _wait_for_the_dead(run.path)
     try:
-        summary = api.run(spec["dataset"], config, run_dir=run.path, listeners=[heard])
+        store = api.store_of(config, Folder.of(run.path))
+        kept = fetch_columns(columns_file(store, spec["content_hash"]))
+        log = kept.with_spec(Spec.from_json(spec["log"])) if kept else spec["dataset"]
+        summary = api.run(log, config, run_dir=run.path, listeners=[heard])
         found = measures(run)
         score, sem = found[spec["objective"]]
         imagined = summary.get("imagined", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ SHARED = ("values", "world_model", "imagine")
 
 @pytest.fixture(scope="module", autouse=True)
 def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
-    """The log, where trials find it: the cluster is up already, so they are told by name only through the store."""
+    """The log, where the driver alone finds it: the cluster is up already, trials read the converted one."""
     root = tmp_path_factory.mktemp("minari")
     write_log(root)
     with pytest.MonkeyPatch.context() as patch:
@@ -37,11 +38,11 @@ def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
         yield root
 
 
-def swept(question: Question, folder: Path, **more: Any) -> dict[str, Any]:
+def swept(question: Question, folder: Path, *, listener: Any = Listeners, **more: Any) -> dict[str, Any]:
     from ipd_ray.distributed.sweep import sweep
 
     common = {**COMMON, **{name.replace("__", "."): value for name, value in more.items()}}
-    return sweep(question, LOG, common, sweep_dir=folder, listener=Listeners)
+    return sweep(question, LOG, common, sweep_dir=folder, listener=listener)
 
 
 def made(folder: Path) -> Counter[str]:
@@ -117,6 +118,24 @@ def test_a_store_beside_the_driver_is_the_trials_store(
     answer = swept(question, tmp_path / "sweep", runtime__store="store")
     assert answer["failed"] == {} and made(tmp_path / "sweep") == Counter()
     assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
+
+
+def test_trials_read_the_converted_log_of_the_store(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On their nodes there may be no other: here it is gone when the first one begins."""
+    root = tmp_path / "minari"
+    write_log(root)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+
+    class Gone(Listeners):
+        def end(self, step: str, seconds: float, reused: bool) -> None:
+            shutil.rmtree(root, ignore_errors=True)
+
+    question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
+    store = str(done[0].parent / "store")
+    answer = swept(question, tmp_path / "sweep", listener=Gone, runtime__store=store)
+    assert not root.exists() and answer["failed"] == {} and answer["ranking"] == [0]
 
 
 def test_a_mistake_about_the_cluster_blocks_no_corrected_command(tmp_path: Path):
