@@ -25,6 +25,7 @@ from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
 from ipd_ray.data.export import export_minari
 from ipd_ray.data.minari_source import load
 from ipd_ray.data.shards import shard_curve
+from ipd_ray.data.transitions import Transitions
 from ipd_ray.engine import Engine, LocalEngine
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import estimate, total
@@ -40,7 +41,7 @@ from ipd_ray.training import cores
 
 
 def run(
-    dataset: str,
+    dataset: str | Transitions,
     config: RunConfig | None = None,
     *,
     run_dir: str | Path | None = None,
@@ -49,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the method on a dataset and return what `summary.json` holds.
 
-    dataset: a Minari id, local or remote, or `demo`.
+    dataset: a Minari id, local or remote, or `demo`; or a log that is loaded already.
     config: the full sizes where not given; `load_config("gym-small")` gives those of a preset.
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
@@ -65,7 +66,7 @@ def run(
     config = config or RunConfig()
     if not isinstance(config, RunConfig):
         raise UserError(f"config={config!r} must be a RunConfig: load_config({config!r}) if that is a preset's name.")
-    folder = run_folder(dataset, config, run_dir)
+    folder = run_folder(dataset if isinstance(dataset, str) else dataset.spec.dataset, config, run_dir)
     store = store_of(config, folder)
     others = Listeners(listeners)
     try:
@@ -123,9 +124,10 @@ def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, unti
 
 
 def _prepared(
-    dataset: str, config: RunConfig, folder: Folder, store: Folder, until: str, listener: Listener, cache: Path | None
+    dataset: str | Transitions, config: RunConfig, folder: Folder, store: Folder, until: str, listener: Listener,
+    cache: Path | None,
 ) -> Context:
-    transitions = load(dataset, cache=cache)
+    transitions = load(dataset, cache=cache) if isinstance(dataset, str) else dataset
     check_data(config, transitions)
     check_identity(folder, transitions)
     return Context(config, transitions, Store(store), LocalEngine(1), listener)

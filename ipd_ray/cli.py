@@ -293,24 +293,26 @@ def tune_command(
     dataset: Annotated[str, typer.Option(help="Minari id, local or remote, or `demo`.")],
     overrides: Overrides = None, preset: Preset = None, config: ConfigFile = None,
     sweep_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the sweep; runs/<dataset>-<question> where not given. What trials share lies in "
-                     "`store` beside it."),
+        str | None,
+        typer.Option(help="Folder of the sweep, on a cluster one that every node mounts; runs/<dataset>-<question> "
+                     "where not given. What trials share lies in `store` beside it.", metavar="PATH"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the sweep in the folder; failed trials are tried again.")
+        bool, typer.Option("--resume", help="Only go on: refuse to begin a sweep where the folder holds none.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Search settings: runs that share all the work they have in common, on Ray Tune.
+
+    The same command again goes on where it stopped, and tries failed trials again.
 
     The file names fields of the config and the values to try, how often, and what is maximised. At the end there are
     a table, a report, and best.yaml, which `ipd-ray run --config` takes.
     """
     from ipd_ray import config as config_module
     from ipd_ray.checks import ray_engine
-    from ipd_ray.errors import PartialError
-    from ipd_ray.sweep import common_settings, read_question
+    from ipd_ray.errors import PartialError, UserError
+    from ipd_ray.sweep import Sweep, common_settings, read_question
 
     asked = read_question(question)
     common = common_settings(asked, config_module.given(preset), config, config_module.parse_overrides(overrides or ()))
@@ -319,14 +321,16 @@ def tune_command(
     from ipd_ray.listeners import terminal
 
     folder = sweep_dir or Path("runs") / f"{dataset.replace('/', '_')}-{question.stem}"
-    answer = sweep(asked, dataset, common, sweep_dir=folder, resume=resume, listener=terminal)
+    if resume and not Sweep.of(folder).exists:
+        raise UserError(f"--resume: {folder} holds no sweep: correct --sweep-dir, or leave --resume out to begin one.")
+    answer = sweep(asked, dataset, common, sweep_dir=folder, listener=terminal)
     if as_json:
         _print_json(answer)
     _print(_sweep_table(answer), to_stderr=as_json)
     if failed := answer["failed"]:
         raise PartialError(
             f"{len(failed)} trials failed; the answer stands without them, the report has their tracebacks, and "
-            "--resume tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
+            "the same command tries them again:\n" + "\n".join(f"{name}: {why}" for name, why in failed.items())
         )
 
 

@@ -64,7 +64,7 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
 
     Parsed as it would be here; run on Ray where it does not say. Raises UserError for what would fail at once.
     """
-    from ipd_ray.sweep import check_points, common_settings, read_question
+    from ipd_ray.sweep import Sweep, check_points, common_settings, read_question
 
     group: Any = typer.main.get_command(app)
     try:
@@ -100,6 +100,7 @@ def _checked(app: typer.Typer, words: Sequence[str], root: Path) -> tuple[list[s
         added["runtime.address"] = "auto"
     if question is not None:
         check_points(question, {**given, **added})
+        Sweep.of(values["sweep_dir"] or "")
     settings = config_module.build(given, added)
     if not values.get("dry_run"):
         folder = next((name for name in ("run_dir", "sweep_dir") if name in values), None)

@@ -443,7 +443,7 @@ class RuntimeConfig(Section):
     """Ray node labels, `name=value` with commas between, that a node must have for any step but distillation, such as
     `ray.io/market-type=spot`; any node where empty."""
     worker_labels: str = ""
-    """The same for distillation workers, which a lost node sets back by more."""
+    """The same for distillation workers, and for the trials of a sweep, which a lost node sets back by more."""
     store: str | None = None
     """Where artifacts shared by runs lie; `store` beside the runs where not given."""
     checkpoint_seconds: PositiveFloat = 30.0

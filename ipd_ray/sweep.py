@@ -1,7 +1,7 @@
 """A sweep's question and its answer: what is tried, how it is scored, which is best. Knows nothing of Ray.
 
 A point is one setting of the swept fields; a trial is one run of it, with one seed. The ledger in the sweep's folder
-holds one JSON file a trial, written by the driver alone, and is all that `--resume` and the report need.
+holds one JSON file a trial, written by the driver alone, and is all that going on and the report need.
 
 Best is chosen by a rule that does not reward luck. Points are ranked by the lower 95 % bound of their score: over seeds
 where there are several, else over episodes. Where there is an environment, the `finalists` of that ranking are
@@ -100,7 +100,7 @@ class Question(Section):
     finalists: int = 3
     """Points that are evaluated again with fresh environment seeds (objective return); 0: none."""
     concurrency: PositiveInt | None = None
-    """Trials at a time; as many as fit where not given."""
+    """Trials at a time; where not given, as many as fit, and where an autoscaler may make room 16 more, or as many."""
     sampler_seed: int = 0
     """Of random and tpe."""
 
@@ -369,6 +369,16 @@ class Sweep:
     """A sweep's folder: sweep.json says what it is, trials/ holds the ledger, runs/ the run folders."""
 
     folder: Path
+
+    @classmethod
+    def of(cls, place: str | Path) -> Sweep:
+        """Return the sweep of a folder, where there may be none yet. Raises UserError for a URI."""
+        if "://" in str(place):
+            raise UserError(
+                f"--sweep-dir={place}: a sweep's folder must be a path, on a cluster one that every node mounts; what "
+                "its trials share may lie in a bucket (runtime.store=s3://BUCKET/store)."
+            )
+        return cls(Path(place).absolute())
 
     @property
     def described(self) -> dict[str, Any]:

@@ -215,6 +215,19 @@ def test_a_sweep_that_cannot_be_is_refused_before_any_work(
     assert not (place / "runs" / "refused").exists()
 
 
+def test_a_sweep_does_not_take_a_uri_for_a_path(place: Path) -> None:
+    (place / "question.yaml").write_text("space: {distill.eta: [0.0]}")
+    said = call("tune", "question.yaml", "--dataset", LOG, "--sweep-dir", "s3://bucket/sweep", code=2).output
+    assert "--sweep-dir=s3://bucket/sweep: a sweep's folder must be a path" in said
+    assert not (place / "s3:").exists()
+
+
+def test_resume_begins_no_sweep(place: Path) -> None:
+    (place / "question.yaml").write_text("space: {distill.eta: [0.0]}")
+    said = call("tune", "question.yaml", "--dataset", LOG, "--sweep-dir", "runs/new", "--resume", code=2).output
+    assert "--resume: runs/new holds no sweep: correct --sweep-dir" in said and not (place / "runs" / "new").exists()
+
+
 def test_a_sweep_writes_into_no_folder_of_something_else(place: Path) -> None:
     (place / "question.yaml").write_text("space: {distill.eta: [0.0]}")
     said = call("tune", "question.yaml", "--dataset", LOG, "--sweep-dir", "runs/mine", code=2).output

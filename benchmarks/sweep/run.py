@@ -53,7 +53,7 @@ def together(work: Path) -> dict[str, Any]:
 
 
 def killed(work: Path) -> dict[str, Any]:
-    """`ipd-ray tune`, killed when half of its trials have ended, with all its processes; then resumed."""
+    """`ipd-ray tune`, killed when half of its trials have ended, with all its processes; then gone on with."""
     trials = len(known_points(read_question(QUESTION)) or ())
     process = subprocess.Popen(command(work), start_new_session=True)
     ended = 0
@@ -64,7 +64,7 @@ def killed(work: Path) -> dict[str, Any]:
     process.wait()
     before = {r["trial"] for r in ledger(work) if r["state"] == "done"}
     time.sleep(5.0)
-    subprocess.run([*command(work), "--resume"], check=True)
+    subprocess.run(command(work), check=True)
     return {"done_before": sorted(before), **outcome(work)}
 
 

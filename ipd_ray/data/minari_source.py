@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,7 @@ def load(dataset_id: str, cache: Path | None = None, download: bool = True) -> T
         cached = read_columns(columns_path(cache, entry["content_hash"]))
         if cached is not None:
             _report(entry["warnings"])
-            known = replace(cached, spec=Spec(**entry["spec"]))
-            known.__dict__["content_hash"] = cached.content_hash  # `replace` leaves behind what is cached
-            return known
+            return cached.with_spec(Spec(**entry["spec"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # missing, damaged or of another version: convert again
     transitions, warnings = _convert(data, metadata)

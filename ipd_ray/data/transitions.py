@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -177,6 +177,12 @@ class Transitions:
         spec = self.spec
         spaces = {"observation": spec.observation_space, "low": spec.action_low, "high": spec.action_high}
         return digest(self.columns(), extra=json.dumps(spaces, sort_keys=True))
+
+    def with_spec(self, spec: Spec) -> Transitions:
+        """Return the same columns and spaces with another spec: an environment, scores or a name that came later."""
+        known = replace(self, spec=spec)
+        known.__dict__["content_hash"] = self.content_hash  # `replace` leaves behind what is cached
+        return known
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns by name."""

@@ -10,15 +10,14 @@ from typing import Any
 from ipd_ray.config import RuntimeConfig, label_selector
 from ipd_ray.distributed import cluster
 from ipd_ray.distributed.distill import distill
-from ipd_ray.distributed.nodes import members, on_every_node
+from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.distributed.pool import ActorPool
 from ipd_ray.engine import Task, drive, raise_failures
-from ipd_ray.errors import UserError
 from ipd_ray.steps import DistillJob
-from ipd_ray.storage import Folder, marked, troubles
+from ipd_ray.storage import Folder
 
 AHEAD = 16
-"""Actors asked for at least beyond the room there is, where an autoscaler may make room."""
+"""Workers asked for at least beyond the room there is, where an autoscaler may make room."""
 LOOK_SECONDS = 5.0
 
 
@@ -63,19 +62,10 @@ class RayEngine:
         distill(job, (fewest, most), tick, labels=self._worker_labels)
 
     def require_storage(self, places: Sequence[str]) -> None:
-        """Nodes that an autoscaler brings later are not asked, and those that went meanwhile do not matter."""
-        with marked(places) as marks:
-            answers = on_every_node(troubles, marks)
-        for member in members():
-            answer = answers.get(member.id, {})
-            wrong = {"": str(answer)} if isinstance(answer, Exception) else answer
-            for place, text in wrong.items():
-                if text:
-                    raise UserError(
-                        f"node {member.name}{place and f', {place}'}: {text.strip()}: give runtime.store and "
-                        "--run-dir a mount that every node has, or a URI such as s3://bucket/runs with credentials on "
-                        "every node; `ipd-ray doctor` looks at all of them."
-                    )
+        require_storage(
+            places, "give runtime.store and --run-dir a mount that every node has, or a URI such as s3://bucket/runs "
+            "with credentials on every node"
+        )
 
     def crew(self) -> tuple[int, int]:
         starting = self._pool.starting
@@ -109,12 +99,14 @@ class RayEngine:
 
 
 def most_actors(runtime: RuntimeConfig, room: int, autoscaled: bool) -> int:
-    """Return how many actors there may be: as many as the user says; else what there is room for, and as many again
-    where a cluster may grow. What they find no room for is the autoscaler's demand: it doubles the cluster by and by.
-    """
-    if runtime.actors:
-        return runtime.actors
-    return max(room + max(AHEAD, room) * autoscaled, runtime.min_actors)
+    """Return how many actors there may be: as many as the user says; else as many as are asked for."""
+    return runtime.actors or max(asked_for(room, autoscaled), runtime.min_actors)
+
+
+def asked_for(room: int, autoscaled: bool) -> int:
+    """Return how many workers are asked for: as many as there is room for, and as many again where a cluster may grow.
+    What they find no room for is the autoscaler's demand: it doubles the cluster by and by."""
+    return room + max(AHEAD, room) * autoscaled
 
 
 def _require_absolute(name: str, path: str) -> None:

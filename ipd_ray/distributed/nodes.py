@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from ipd_ray.distributed.cluster import NODE_ID, Node
+from ipd_ray.errors import UserError
+from ipd_ray.storage import marked, troubles
 
 ANSWER_SECONDS = 60.0
 """A worker that has to import torch on a busy machine takes a while."""
@@ -66,3 +68,21 @@ def on_every_node(
             f"node {running[call].name} has not answered within {seconds:g} s: is it out of memory, or its disk slow?"
         )
     return answers
+
+
+def require_storage(places: Sequence[str], remedy: str) -> None:
+    """Raise UserError, ending in the remedy, where a node cannot use a place, or does not share it with the others.
+
+    Nodes that an autoscaler brings later are not asked, and those that went meanwhile do not matter.
+    """
+    with marked(places) as marks:
+        answers = on_every_node(troubles, marks)
+    for member in members():
+        answer = answers.get(member.id, {})
+        wrong = {"": str(answer)} if isinstance(answer, Exception) else answer
+        for place, text in wrong.items():
+            if text:
+                raise UserError(
+                    f"node {member.name}{place and f', {place}'}: {text.strip()}: {remedy}; `ipd-ray doctor` looks at "
+                    "all of them."
+                )

@@ -5,7 +5,7 @@ What blocks, and why nothing does. What many trials need (values, world model, i
 starts, by actors on the whole cluster. A trial with one worker holds the CPUs of its own process, in which it does
 everything; should it wait for a key that another is making, that one has its CPUs already. A trial with N workers holds
 0.01 CPU and asks for N workers or for one actor at a time: `check_room` refuses more trials at a time than have room
-for all of theirs together.
+for all of theirs together. Where an autoscaler may make room, more are asked for, and wait: that is its demand.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from ray.tune.search import Searcher
 from ipd_ray import api
 from ipd_ray.artifacts import SNAPSHOT, load_tensors
 from ipd_ray.checks import check_config, check_data, check_folder
-from ipd_ray.config import RunConfig, as_yaml, build, flatten
-from ipd_ray.data.demo import ROOT_VARIABLE, demo_root
-from ipd_ray.data.minari_source import DEMO, load
-from ipd_ray.data.transitions import Transitions
+from ipd_ray.config import RunConfig, as_yaml, build, flatten, label_selector
+from ipd_ray.data.columns import columns_file, fetch_columns, keep_columns
+from ipd_ray.data.minari_source import load
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.distributed import cluster
+from ipd_ray.distributed.engine import asked_for
+from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns
@@ -50,6 +52,7 @@ from ipd_ray.storage import Folder
 from ipd_ray.sweep import (
     BEST,
     FRESH_SEEDS,
+    RUNS,
     Point,
     Question,
     Row,
@@ -81,32 +84,44 @@ def sweep(
     dataset: str,
     common: Mapping[str, Any],
     *,
-    sweep_dir: Path,
-    resume: bool = False,
+    sweep_dir: str | Path,
     listener: Callable[[], Listener],
 ) -> dict[str, Any]:
     """Run a sweep to its end; return what its summary.json holds, `failed` trials among it: they stop no other.
 
+    Called again it goes on where it stopped, and tries failed trials again.
+
     common: {dotted name: value} of what all trials share. listener: makes one that hears of the sweep. Raises UserError
     for a mistake, before any work.
     """
-    folder = Sweep(sweep_dir.absolute())
+    folder = Sweep.of(sweep_dir)
     common = _runtime(common, folder)
     base = build(common)
+    store = api.store_of(base, Folder.of(folder.folder))
     for config in check_points(question, common):
         check_config(config)
     with api.holding(Folder.of(folder.folder)):
-        _check_folder(folder, resume)
-        transitions = load(dataset, cache=(api.store_of(base, Folder.of(folder.folder)) / "data").path)
+        _check_folder(folder)
+        transitions = load(dataset, cache=(store / "data").path)
         check_data(base, transitions)
         question = _decided(question, base, transitions)
         if "fitted_q" in (question.objective, *question.also) and not base.fitted_q.updates:
             common["fitted_q.updates"] = base.values.updates
-        _same_sweep(folder, question, dataset, transitions, common)
+        described = _described(folder, question, dataset, transitions, common)
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths of the user's are relative to where they are
         ours = cluster.connect(base.runtime.address, dashboard=base.runtime.workers > 1)
         try:
-            room = check_room(question, build(common), resolve_device(base.runtime.device), cluster.inspect())
+            there, device = cluster.inspect(), resolve_device(base.runtime.device)
+            cluster.check(base.runtime, device, there)
+            room = check_room(question, build(common), device, there)
+            require_storage(
+                [str(store), str(folder.folder)], "give --sweep-dir a mount that every node has, and "
+                "runtime.store such a mount or a URI such as s3://bucket/store with credentials on every node"
+            )
+            if not folder.records():
+                shutil.rmtree(folder.folder / RUNS, ignore_errors=True)  # of a beginning that asked something else
+            folder.describe(described)
+            keep_columns(store, transitions)  # what trials read
             work = _Work(folder, question, dataset, transitions, common, room, listener)
             work.make_shared()
             work.try_points()
@@ -122,28 +137,21 @@ def sweep(
 
 
 def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
-    """The settings, with the store named, so that best.yaml finds it, and the engine that they imply."""
-    store = common.get("runtime.store") or str(folder.folder.parent / "store")
-    more: dict[str, Any] = {"runtime.store": store}
+    """The settings, with the store named as trials and best.yaml find it from anywhere, and the engine they imply."""
+    store = Folder.of(common.get("runtime.store") or folder.folder.parent / "store")
+    more: dict[str, Any] = {"runtime.store": str(store)}
     if common.get("runtime.address") or common.get("runtime.workers", 1) != 1:
         more["runtime.engine"] = "ray"
     return {**common, **more}
 
 
-def _check_folder(folder: Sweep, resume: bool) -> None:
-    """Raise UserError where the folder holds something else, or a sweep that `resume` was not asked to go on with."""
-    if not folder.exists:
-        if RunFolder(folder.folder).exists:
-            raise UserError(f"{folder.folder} is the folder of a run, not of a sweep: give another --sweep-dir.")
-        check_folder(Folder.of(folder.folder))
+def _check_folder(folder: Sweep) -> None:
+    """Raise UserError where the folder holds something else."""
+    if folder.exists:
         return
-    records = [r for r in folder.records() if not r.get("fresh")]
-    if not resume:
-        ended = sum(r["state"] != "running" for r in records)
-        raise UserError(
-            f"{folder.folder} holds a sweep of which {ended} trials have ended: --resume goes on with it (and tries "
-            "failed ones again), another --sweep-dir begins anew, where what both need is still computed once."
-        )
+    if RunFolder(folder.folder).exists:
+        raise UserError(f"{folder.folder} is the folder of a run, not of a sweep: give another --sweep-dir.")
+    check_folder(Folder.of(folder.folder))
 
 
 def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Question:
@@ -184,16 +192,16 @@ def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Q
     return question
 
 
-def _same_sweep(
+def _described(
     folder: Sweep, question: Question, dataset: str, transitions: Transitions, common: Mapping[str, Any]
-) -> None:
-    """Write what the sweep is. Raises UserError where the folder's is another."""
+) -> dict[str, Any]:
+    """What the sweep is. Raises UserError where the folder holds trials of another."""
     settings = {k: v for k, v in flatten(build(common).model_dump(mode="json")).items() if not k.startswith("runtime.")}
     content: dict[str, Any] = {
         "question": question.model_dump(mode="json"), "dataset": dataset, "content_hash": transitions.content_hash,
         "settings": settings,
     }
-    if folder.exists:
+    if folder.exists and folder.records():
         before = folder.described
         free = ("concurrency", "finalists", "points")  # change no trial
         old, new = (
@@ -203,10 +211,10 @@ def _same_sweep(
         )
         if differ := [name for name in {**old, **new} if old.get(name) != new.get(name)]:
             raise UserError(
-                f"{folder.folder} is another sweep: {', '.join(differ)} differ{'s' * (len(differ) == 1)}: resume it as "
-                "it was, or give another --sweep-dir (what both need is computed once)."
+                f"{folder.folder} is another sweep: {', '.join(differ)} differ{'s' * (len(differ) == 1)}: ask as it "
+                "did, or give another --sweep-dir (what both need is computed once)."
             )
-    folder.describe(content)
+    return content
 
 
 @dataclass(frozen=True)
@@ -219,25 +227,38 @@ class Room:
     cpu: float
     gpu: float
     """What the trial itself holds."""
+    labels: Mapping[str, str]
+    """Of the nodes where trials run: those of distillation, which a lost node sets back by most."""
+
+    def request(self) -> tune.PlacementGroupFactory:
+        """What Tune asks Ray for, for one trial."""
+        return tune.PlacementGroupFactory(
+            [{"CPU": self.cpu, "GPU": self.gpu}], bundle_label_selector=[dict(self.labels)]
+        )
 
 
 def check_room(question: Question, base: RunConfig, device: str, there: cluster.Cluster) -> Room:
     """Return how many trials run at a time. Raises UserError where they have no room: they would wait for ever."""
     runtime, cuda = base.runtime, device.startswith("cuda")
+    labels = label_selector(runtime.worker_labels)
+    there = there.where(labels)
     gpus = runtime.gpus_per_actor if cuda and runtime.workers == 1 else float(cuda)
     wanted = question.concurrency
     threads = runtime.train_threads or there.threads((wanted or there.slots(1, gpus)) * runtime.workers, gpus)
     threads = max(threads, runtime.threads)
-    fit = there.slots(threads, gpus) // runtime.workers
+    slots = there.slots(threads, gpus)
+    fit = slots // runtime.workers
     each = f"{runtime.workers} worker{'s' * (runtime.workers > 1)} of {threads} CPU{'s' * (threads > 1)}"
     each += f" and {gpus:g} GPU" * cuda
+    labelled = f" with runtime.worker_labels={runtime.worker_labels}" * bool(labels)
     if not there.autoscaled and (wanted or 1) > fit:
         raise UserError(
-            f"concurrency={wanted or 1} must be at most {fit}: a trial takes {each}, the cluster has {there}: lower "
-            "concurrency, runtime.workers or runtime.train_threads, or add nodes."
+            f"concurrency={wanted or 1} must be at most {fit}: a trial takes {each}, the cluster has {there}"
+            f"{labelled}: lower concurrency, runtime.workers or runtime.train_threads, or add nodes."
         )
-    alone = runtime.workers == 1
-    return Room(wanted or max(1, fit), threads, float(threads) if alone else LEAST_CPU, gpus if alone else 0.0)
+    alone, at_once = runtime.workers == 1, asked_for(slots, there.autoscaled) // runtime.workers
+    cpu, gpu = (float(threads), gpus) if alone else (LEAST_CPU, 0.0)
+    return Room(wanted or max(1, at_once), threads, cpu, gpu, labels)
 
 
 # ---- the work
@@ -266,7 +287,8 @@ class _Work:
 
     def make_shared(self) -> None:
         """Have in the store what trials are known to need, up to imagination. What fails here is left to these trials,
-        which fail by themselves, or do not."""
+        which fail by themselves, or do not; so is a point that does not go with the log. Other mistakes are of all,
+        such as a full disk: they raise UserError."""
         fronts: dict[tuple[str, ...], tuple[RunConfig, str]] = {}
         for config, until in self._fronts():
             parts = Parts(config, self._transitions.content_hash, self._transitions.spec)
@@ -276,16 +298,23 @@ class _Work:
         for number, (keys, (config, until)) in enumerate(sorted(fronts.items(), key=lambda item: -len(item[0]))):
             if made.issuperset(keys):
                 continue
+            try:
+                check_data(config, self._transitions)
+            except UserError:
+                continue
             made |= set(keys)
             heard = _Heard()
             runtime = config.runtime.model_copy(update={"engine": "ray", "address": None})
             run_dir = self._folder.run_dir(f"shared-{number}")
+            _wait_for_the_dead(run_dir)
             try:
                 api.run(
-                    self._dataset, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
+                    self._transitions, config.model_copy(update={"runtime": runtime}), run_dir=run_dir, until=until,
                     listeners=[self._listener(), heard],
                 )
                 self.shared += heard.parts(RunFolder(run_dir))
+            except UserError:
+                raise
             except Exception as error:
                 self._said.note(f"note: what trials share could not be made, they try by themselves: {error}")
 
@@ -376,7 +405,8 @@ class _Work:
         return {
             "dataset": self._dataset, "config": json.dumps(flatten(plain)),
             "run_dir": str(self._folder.run_dir(record["trial"])), "objective": self._question.objective,
-            "also": list(self._question.also), "rungs": rungs, "datasets": _datasets(self._dataset),
+            "also": list(self._question.also), "rungs": rungs, "content_hash": self._transitions.content_hash,
+            "log": self._transitions.spec.to_json(),
             "repeat": json.dumps(record["rungs"]) if record["state"] in _ENDED else "",
         }
 
@@ -390,9 +420,8 @@ class _Work:
             TUNE_DISABLE_SIGINT_HANDLER="1", RAY_AIR_NEW_OUTPUT="0",
         )
         logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)  # misses Tune's own files
-        resources = {"cpu": self._room.cpu, "gpu": self._room.gpu}
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, {k: v for k, v in resources.items() if v}),
+            tune.with_resources(run_trial, self._room.request()),
             tune_config=tune.TuneConfig(
                 search_alg=ledger, scheduler=scheduler, num_samples=trials,
                 max_concurrent_trials=self._room.at_once, trial_dirname_creator=lambda trial: trial.trial_id,
@@ -403,12 +432,6 @@ class _Work:
             ),
         )
         tuner.fit()
-
-
-def _datasets(dataset: str) -> str | None:
-    """Where this process finds the dataset; None: where Minari looks by itself."""
-    root = demo_root() if dataset == DEMO else os.environ.get(ROOT_VARIABLE)
-    return str(Path(root).absolute()) if root else None
 
 
 _ENDED = ("done", "stopped")
@@ -543,13 +566,14 @@ def run_trial(spec: dict[str, Any]) -> None:
         tune.report({"step": step, "score": score})
     if spec["repeat"]:
         return
-    if spec["datasets"]:  # where the driver finds them, whatever a cluster that was there before it was started with
-        os.environ[ROOT_VARIABLE] = spec["datasets"]
     config, run = build(json.loads(spec["config"])), RunFolder(Path(spec["run_dir"]))
     heard = _Rungs(config, run) if spec["rungs"] else _Heard()
     _wait_for_the_dead(run.path)
     try:
-        summary = api.run(spec["dataset"], config, run_dir=run.path, listeners=[heard])
+        store = api.store_of(config, Folder.of(run.path))
+        kept = fetch_columns(columns_file(store, spec["content_hash"]))
+        log = kept.with_spec(Spec.from_json(spec["log"])) if kept else spec["dataset"]
+        summary = api.run(log, config, run_dir=run.path, listeners=[heard])
         found = measures(run)
         score, sem = found[spec["objective"]]
         imagined = summary.get("imagined", {})
@@ -563,7 +587,7 @@ def run_trial(spec: dict[str, Any]) -> None:
 
 
 def _wait_for_the_dead(folder: Path) -> None:
-    """Wait until the trial's process before this one, lost with its machine, owns the run folder no more."""
+    """Wait until the process before this one, lost with its machine, owns the run folder no more."""
     end = time.monotonic() + Lease.EXPIRES + Lease.RENEW
     while (lease := Lease(folder)).acquire() is not None and time.monotonic() < end:
         time.sleep(1.0)

@@ -80,7 +80,7 @@ def build_sweep_report(folder: Path, output: Path) -> Path:
          "correlation near 0: where there is no environment, that measure would have misled.", _proxies(answer)),
         ("work", "What was shared", "Trials that need the same result share it: it is made once. Saved is the time "
          "that the same trials would have taken apart.", _work(answer)),
-        ("failed", "Failed trials", "They stop no other, and are tried again by --resume.", _failed(answer)),
+        ("failed", "Failed trials", "They stop no other, and are tried again by the same command.", _failed(answer)),
     ]
     sections = [(id, title, read, html) for id, title, read, html in made if html]
     body = [

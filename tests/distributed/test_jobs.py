@@ -146,6 +146,7 @@ def refused(*words: str) -> str:
         (["tune", "gird.yaml", "--dataset", "demo", "--sweep-dir", "/x"], ["Did you mean 'grid.yaml'"]),
         (["tune", "../grid.yaml", "--dataset", "demo", "--sweep-dir", "/x"], ["QUESTION ../grid.yaml must lie in the"]),
         (["tune", "grid.yaml", "--dataset", "demo"], ["--sweep-dir", "absolute path"]),
+        (["tune", "grid.yaml", "--dataset", "demo", "--sweep-dir", "s3://b/x"], ["--sweep-dir=s3://b/x", "every node"]),
         (["tune", "grid.yaml", "--dataset", "demo", "--sweep-dir", "/x", "distill.eta=1"], ["distill.eta is swept"]),
         (["tune", "grid.yaml", "--dataset", "demo", "--sweep-dir", "/x", "policy.contxt=1"], ["'policy.context'"]),
         (["run", "demo", "--run-dir", "/x"], [f"--address {NOWHERE}: no Ray dashboard", "Connection refused"]),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ SHARED = ("values", "world_model", "imagine")
 
 @pytest.fixture(scope="module", autouse=True)
 def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
-    """The log, where trials find it: the cluster is up already, so they are told by name only through the store."""
+    """The log, where the driver alone finds it: the cluster is up already, trials read the converted one."""
     root = tmp_path_factory.mktemp("minari")
     write_log(root)
     with pytest.MonkeyPatch.context() as patch:
@@ -36,11 +38,11 @@ def _minari(tmp_path_factory: pytest.TempPathFactory, ray_cluster: str) -> Any:
         yield root
 
 
-def swept(question: Question, folder: Path, *, resume: bool = False, **more: Any) -> dict[str, Any]:
+def swept(question: Question, folder: Path, *, listener: Any = Listeners, **more: Any) -> dict[str, Any]:
     from ipd_ray.distributed.sweep import sweep
 
     common = {**COMMON, **{name.replace("__", "."): value for name, value in more.items()}}
-    return sweep(question, LOG, common, sweep_dir=folder, resume=resume, listener=Listeners)
+    return sweep(question, LOG, common, sweep_dir=folder, listener=listener)
 
 
 def made(folder: Path) -> Counter[str]:
@@ -97,16 +99,72 @@ def test_the_report_shows_what_was_asked(done: tuple[Path, dict[str, Any]]):
     assert "accepted against distill.eta" not in page and "Failed trials" not in page
 
 
-def test_a_sweep_that_ended_is_resumed_at_once_and_not_begun_anew_by_mistake(done: tuple[Path, dict[str, Any]]):
+def test_the_same_question_again_goes_on_and_another_one_is_refused(done: tuple[Path, dict[str, Any]]):
     folder, answer = done
     question = Question.model_validate(Sweep(folder).described["question"])
-    with pytest.raises(UserError, match="4 trials have ended: --resume goes on"):
-        swept(question, folder)
     with pytest.raises(UserError, match=r"another sweep: distill\.updates differs"):
-        swept(question, folder, resume=True, distill__updates=41)
-    again = swept(question, folder, resume=True)
+        swept(question, folder, distill__updates=41)
+    again = swept(question, folder)
     assert again["seconds"] < answer["seconds"] and again["shared"] and all(p["reused"] for p in again["shared"])
     assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
+
+
+def test_a_store_beside_the_driver_is_the_trials_store(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The cluster's workers have another current folder."""
+    monkeypatch.chdir(done[0].parent)
+    question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
+    answer = swept(question, tmp_path / "sweep", runtime__store="store")
+    assert answer["failed"] == {} and made(tmp_path / "sweep") == Counter()
+    assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
+
+
+def test_trials_read_the_converted_log_of_the_store(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On their nodes there may be no other: here it is gone when the first one begins."""
+    root = tmp_path / "minari"
+    write_log(root)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+
+    class Gone(Listeners):
+        def end(self, step: str, seconds: float, reused: bool) -> None:
+            shutil.rmtree(root, ignore_errors=True)
+
+    question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
+    store = str(done[0].parent / "store")
+    answer = swept(question, tmp_path / "sweep", listener=Gone, runtime__store=store)
+    assert not root.exists() and answer["failed"] == {} and answer["ranking"] == [0]
+
+
+def test_a_mistake_about_the_cluster_blocks_no_corrected_command(tmp_path: Path):
+    """Nor does a beginning without trials, of whatever."""
+    too_many = Question(space={"distill.eta": (0.0,)}, concurrency=99)
+    with pytest.raises(UserError, match="concurrency=99 must be at most 2"):
+        swept(too_many, tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
+    Sweep(tmp_path / "sweep").describe({"question": {}, "settings": {}, "dataset": "other", "content_hash": ""})
+    with pytest.raises(UserError, match="concurrency=99 must be at most 2"):
+        swept(too_many, tmp_path / "sweep")
+    assert Sweep(tmp_path / "sweep").described["dataset"] == "other"
+
+
+def test_nodes_that_cannot_reach_the_store_are_named_before_any_work(bucket: str, tmp_path: Path):
+    """The cluster was started without the credentials and the endpoint that this process has."""
+    with pytest.raises(UserError, match=rf"node .*, {bucket}/store: .*give --sweep-dir a mount that every node has"):
+        swept(Question(space={"distill.eta": (0.0,)}), tmp_path / "sweep", runtime__store=f"{bucket}/store")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_that_all_trials_share_is_refused_and_not_left_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    full = SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("ipd_ray.checks.shutil", full)
+    with pytest.raises(UserError, match=r"the store .* needs about .* the disk has 0 B left"):
+        swept(Question(space={"distill.eta": (0.0,)}, seeds=1), tmp_path / "sweep")
+    assert Sweep(tmp_path / "sweep").records() == []
 
 
 def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: Path):
@@ -133,8 +191,8 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):
         space={"evaluate.environment": ("ipd_ray.testing:broken_pendulum", "Pendulum-v1")}, seeds=1, finalists=0
     )
     kept: list[int] = []
-    for resume in (False, True):
-        answer = swept(question, tmp_path / "sweep", resume=resume)
+    for _ in range(2):
+        answer = swept(question, tmp_path / "sweep")
         assert list(answer["failed"]) == ["000-seed0"] and "the motor is gone" in answer["failed"]["000-seed0"]
         assert answer["ranking"] == [1]
         failed, whole = Sweep(tmp_path / "sweep").records()
@@ -170,7 +228,7 @@ def test_tpe_goes_on_from_its_ledger(tmp_path: Path):
     )
     swept(question, tmp_path / "sweep")
     before = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
-    answer = swept(question.model_copy(update={"points": 3}), tmp_path / "sweep", resume=True)
+    answer = swept(question.model_copy(update={"points": 3}), tmp_path / "sweep")
     after = [r["settings"] for r in Sweep(tmp_path / "sweep").records()]
     assert len(after) == 3 and after[:2] == before and len({s["distill.eta"] for s in after}) == 3
     assert len(answer["ranking"]) == 3
@@ -197,7 +255,7 @@ def test_a_killed_driver_loses_no_trial_and_the_table_is_that_of_an_undisturbed_
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     assert 1 <= len(ended) < 4
-    assert subprocess.run([*words, "--resume"]).returncode == 0
+    assert subprocess.run(words).returncode == 0
     answer = json.loads((tmp_path / "sweep" / "summary.json").read_text())
     assert [answer[k] for k in ("points", "ranking", "best")] == [done[1][k] for k in ("points", "ranking", "best")]
     stored = Counter(p.parent.parent.name for p in (tmp_path / "store").glob("*/*/artifact.json"))
@@ -222,14 +280,18 @@ def test_two_workers_a_trial_find_room_and_give_it_back(_minari: Path, tmp_path:
 
 
 def room(
-    concurrency: int | None = None, nodes: tuple[float, ...] = (2.0,), autoscaled: bool = False, **runtime: Any
+    concurrency: int | None = None, nodes: Sequence[float] | Mapping[str, float] = (2.0,), autoscaled: bool = False,
+    **runtime: Any,
 ) -> Any:
+    """nodes: their CPUs; where they have a label `zone`, by that."""
     from ipd_ray.distributed.cluster import Cluster, Node
     from ipd_ray.distributed.sweep import check_room
 
     question = Question(space={"distill.eta": (0.0,)}, concurrency=concurrency)
     base = build({"runtime.engine": "ray", **{f"runtime.{name}": value for name, value in runtime.items()}})
-    return check_room(question, base, "cpu", Cluster(tuple(Node(cpus, 0.0) for cpus in nodes), autoscaled))
+    labelled = nodes.items() if isinstance(nodes, Mapping) else [("", cpus) for cpus in nodes]
+    there = Cluster(tuple(Node(cpus, 0.0, {"zone": zone} if zone else {}) for zone, cpus in labelled), autoscaled)
+    return check_room(question, base, "cpu", there)
 
 
 def test_a_trial_holds_the_cpus_it_uses():
@@ -255,5 +317,39 @@ def test_what_would_wait_for_ever_is_refused(asked: dict[str, Any], said: str):
         room(**asked)
 
 
+def test_trials_have_room_where_distillation_has():
+    zones = {"a": 4.0, "b": 2.0}
+    assert (room(nodes=zones).at_once, room(nodes=zones, worker_labels="zone=b").at_once) == (6, 2)
+    with pytest.raises(UserError, match=r"at most 2: .* on 1 node with runtime\.worker_labels=zone=b: lower"):
+        room(concurrency=3, nodes=zones, worker_labels="zone=b")
+
+
+def test_labels_that_no_node_has_are_refused_before_any_work(tmp_path: Path):
+    with pytest.raises(UserError, match=r"runtime\.worker_labels=zone=b: no node has these labels"):
+        swept(Question(space={"distill.eta": (0.0,)}), tmp_path / "sweep", runtime__worker_labels="zone=b")
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_ray_is_asked_for_nodes_with_the_labels(ray_cluster: str):
+    """By the label that every node has, each its own: the room is found on the one there is, on no other."""
+    import ray
+    from ray.util.placement_group import remove_placement_group
+
+    [node] = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+    for name, found in ((node, True), ("f" * len(node), False)):
+        asked = room(nodes=(1.0,), autoscaled=True, worker_labels=f"ray.io/node-id={name}").request()
+        group = asked.to_placement_group()
+        assert group.wait(timeout_seconds=60.0 if found else 1.0) is found
+        remove_placement_group(group)
+
+
 def test_where_machines_may_come_nothing_is_refused():
     assert room(concurrency=8, autoscaled=True).at_once == 8
+
+
+def test_where_machines_may_come_trials_that_wait_ask_for_them():
+    """By the rule of actors: 16 workers beyond what is there, or as many again."""
+    there = ((), (2.0,), (20.0,))
+    assert [room(nodes=nodes, autoscaled=True, train_threads=1).at_once for nodes in there] == [16, 18, 40]
+    assert room(nodes=(), autoscaled=True, train_threads=1, workers=3).at_once == 5
+    assert room(nodes=(), autoscaled=True, train_threads=1, workers=32).at_once == 1
