@@ -139,14 +139,17 @@ def test_gpu_that_is_not_there_is_refused(ray_cluster):
         RayEngine(RuntimeConfig(engine="ray"), "cuda")
 
 
-def test_address_without_a_cluster_is_refused_at_once():
+@pytest.mark.parametrize(("address", "where"), [("127.0.0.1:1", "there"), ("auto", "at 127.0.0.1:1")])
+def test_address_without_a_cluster_is_refused_at_once(address: str, where: str, monkeypatch: pytest.MonkeyPatch):
     """In a process of its own: this one is connected."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     script = (
         "from ipd_ray.distributed.cluster import connect\nfrom ipd_ray.errors import UserError\n"
-        "try:\n    connect('127.0.0.1:1')\nexcept UserError as error:\n    print(error)\n"
+        f"try:\n    connect({address!r})\nexcept UserError as error:\n    print(error)\n"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout
-    assert said.startswith("runtime.address='127.0.0.1:1': no Ray cluster can be joined there") and "ray start" in said
+    assert "ray start" in said
+    assert said.startswith(f"runtime.address='{address}': no Ray cluster can be joined {where} (")
 
 
 def test_relative_paths_are_refused(ray_cluster, tiny_method):
