@@ -70,7 +70,7 @@ def run(
     store = store_of(config, folder)
     others = Listeners(listeners)
     try:
-        _check_before_loading(config, folder, store, until)
+        _check_before_loading(config, folder, store, until, others)
         with holding(folder), _tidy(store):
             context = _prepared(dataset, config, folder, store, until, others, cache=(store / "data").path)
             check_disk(context, until)
@@ -97,7 +97,7 @@ def plan(
     config = config or RunConfig()
     folder = run_folder(dataset, config, run_dir)
     store = store_of(config, folder)
-    _check_before_loading(config, folder, store, until)
+    _check_before_loading(config, folder, store, until, Listeners())
     cache = (store / "data").path if store.exists() else None
     context = _prepared(dataset, config, folder, store, until, Listeners(), cache=cache)
     workers = workers or processes(config, context.device)
@@ -109,7 +109,7 @@ def plan(
     }
 
 
-def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, until: str) -> None:
+def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, until: str, listener: Listener) -> None:
     if until not in STEPS:
         raise UserError(f"until={until!r} must be one of {', '.join(STEPS)}.")
     if until in ("reach", "actor") and config.planner.kind != "actor":
@@ -118,6 +118,8 @@ def _check_before_loading(config: RunConfig, folder: Folder, store: Folder, unti
             "imagine."
         )
     check_config(config)
+    if remote := [str(place) for place in (folder, store) if place.remote]:
+        listener.note(f"looks whether {' and '.join(remote)} can be written")
     with _tidy(folder), _tidy(store):
         check_folder(folder)
         check_writable(store)

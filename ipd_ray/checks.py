@@ -101,7 +101,7 @@ def check_writable(folder: Folder) -> None:
         if folder.remote:
             raise UserError(
                 f"{folder} cannot be written ({first_line(error)}): does the bucket exist, and do the environment's "
-                "credentials (such as AWS_ACCESS_KEY_ID) or this machine's role let you write there?"
+                f"credentials (such as {folder.credentials}) or this machine's role let you write there?"
             ) from error
         raise UserError(explain_os_error(error) or f"{folder} cannot be written ({error}).") from error
 

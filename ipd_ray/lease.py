@@ -19,9 +19,9 @@ from ipd_ray.storage import LOST, Folder
 class Lease:
     """Ownership of a folder: a file with host, process and token, renewed while held.
 
-    Free when older than EXPIRES, or at once when its process is dead on this host. The owner is whose token the file
-    holds. Who finds another's at a renewal, after a stall that outlasted its lease, is refused what it writes to the
-    folder from then on (`LOST`).
+    Free when older than EXPIRES, or at once when its process is dead where this one would see it. The owner is whose
+    token the file holds. Who finds another's at a renewal, after a stall that outlasted its lease, is refused what it
+    writes to the folder from then on (`LOST`).
     """
 
     RENEW = 10.0
@@ -131,6 +131,7 @@ class Lease:
             {
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "pids": _pids(),
                 "born": _born(os.getpid()),
                 "token": self._token,
                 "time": time.time(),
@@ -154,7 +155,8 @@ class Lease:
     def _free(self, owner: Mapping[str, Any]) -> bool:
         if time.time() - float(owner["time"]) > self.EXPIRES:
             return True
-        return owner["host"] == socket.gethostname() and _born(int(owner["pid"])) != owner["born"]
+        here = _pids()
+        return bool(here) and owner.get("pids") == here and _born(int(owner["pid"])) != owner["born"]
 
     def _renew(self) -> None:
         while not self._stop.wait(self.RENEW):
@@ -173,8 +175,23 @@ class Lease:
                     return
 
 
+def _pids() -> str:
+    """Return what processes have in common whose numbers mean the same; empty where that is not known.
+
+    Containers of one machine may share its name, and have numbers of their own.
+    """
+    host, proc = socket.gethostname(), Path("/proc")
+    if not proc.exists():  # a system without such containers
+        return host
+    try:
+        boot = (proc / "sys/kernel/random/boot_id").read_text().strip()
+        return f"{host} {boot} {os.readlink(proc / 'self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _born(pid: int) -> str:
-    """Return when a process of this host began, in the kernel's ticks; empty where it does not run or is not known."""
+    """Return when a process began, in the kernel's ticks; empty where it does not run or is not known."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         fields = stat.rpartition(")")[2].split()

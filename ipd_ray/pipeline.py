@@ -26,7 +26,7 @@ from ipd_ray.evaluate import episodes, fitted_q
 from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 from ipd_ray.imagine import actor as actor_fit
 from ipd_ray.imagine.rollout import ShardSpec
-from ipd_ray.progress import CurveTail, Listener, ShardProgress
+from ipd_ray.progress import Crew, CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
     DistillJob,
     Imagination,
@@ -396,7 +396,7 @@ def distill(context: Context, variant: str = "ipd") -> None:
             distill=section,
             seed=config.seed,
         )
-        context.engine.distill(job, CurveTail(part.name, folder, context.listener))
+        context.engine.distill(job, _tick(context, {part.name: folder}))
 
     context.obtain({variant: part}, compute)
 
@@ -459,13 +459,12 @@ def _obtain(context: Context, jobs: Sequence[Job]) -> None:
     """Have the parts, made side by side."""
 
     def compute(folders: dict[str, Folder]) -> None:
-        tasks, tails = [], []
+        tasks = []
         for job in jobs:
             if folder := folders.get(job.part.name):
                 arguments = {"work": str(folder), "place": context.place(), **job.arguments()}
                 tasks.append(Task(job.part.name, job.function, arguments))
-                tails.append(CurveTail(job.part.name, folder, context.listener))
-        context.engine.run_steps(tasks, lambda: _call(tails))
+        context.engine.run_steps(tasks, _tick(context, folders))
 
     context.obtain({job.part.name: job.part for job in jobs}, compute)
 
@@ -475,9 +474,17 @@ def train_threads(config: RunConfig) -> int:
     return config.runtime.train_threads or max(1, cores() // config.runtime.workers)
 
 
-def _call(functions: list[CurveTail]) -> None:
-    for function in functions:
-        function()
+def _tick(context: Context, folders: Mapping[str, Folder]) -> Callable[[], None]:
+    """What says how steps get on, by where they are made."""
+    tails = [CurveTail(name, folder, context.listener) for name, folder in folders.items()]
+    crew = Crew(", ".join(folders), context.engine.crew, context.listener)
+
+    def tick() -> None:
+        for tail in tails:
+            tail()
+        crew()
+
+    return tick
 
 
 def summarise(context: Context) -> dict[str, Any]:

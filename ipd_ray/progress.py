@@ -93,17 +93,41 @@ class CurveTail:
         return text if changed else ""
 
 
+class Crew:
+    """Says how many workers of a step are up where some are not: an autoscaler takes minutes, others' work hours."""
+
+    LOOK = 10.0
+    """Seconds between two looks."""
+    AGAIN = 60.0
+    """Seconds after which it is said again that nobody is up."""
+
+    def __init__(self, step: str, crew: Callable[[], tuple[int, int]], listener: Listener):
+        """crew: workers that are up, and those still asked for."""
+        self._step, self._crew, self._listener = step, crew, listener
+        self._looked = self._said = time.monotonic()
+        self._told = (0, 0)
+
+    def __call__(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < self.LOOK:
+            return
+        self._looked = now
+        up, starting = crew = self._crew()
+        changed = crew != self._told and (starting or self._told[1])
+        if changed or (starting and not up and now - self._said >= self.AGAIN):
+            self._told, self._said = crew, now
+            others = ", the others start or wait for room: `ray status` shows what is asked for" if starting else ""
+            self._listener.note(f"{self._step}: {up} of {up + starting} workers are up{others}")
+
+
 class ShardProgress:
     """Counts shards as they come in, and says what they come to and who is at work."""
-
-    EVERY = 10.0
-    """Seconds between two words on workers that wait for room."""
 
     def __init__(self, done: int, total: int, crew: Callable[[], tuple[int, int]], listener: Listener):
         """done: shards that were there before. crew: workers that are up, and those still asked for."""
         self._done, self._total, self._crew, self._listener = done, total, crew, listener
-        self._began = self._said = time.monotonic()
-        self._told = (0, 0)
+        self.tick = Crew("imagine", crew, listener)
+        self._began = time.monotonic()
         self._steps = self._segments = self._accepted = 0
 
     def add(self, shard: Mapping[str, Any]) -> None:
@@ -118,14 +142,3 @@ class ShardProgress:
             "reward_gain": shard["reward_gain"],
             "actors": self._crew()[0],
         })
-
-    def tick(self) -> None:
-        """Say how many workers wait for room, where that changes: an autoscaler takes minutes."""
-        now = time.monotonic()
-        if now - self._said < self.EVERY:
-            return
-        self._said = now
-        up, starting = crew = self._crew()
-        if crew != self._told and (starting or self._told[1]):
-            self._told = crew
-            self._listener.note(f"imagine: {up} workers are up, {starting} more start or wait for room")

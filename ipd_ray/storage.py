@@ -36,7 +36,12 @@ ARTIFACT = "artifact.json"
 """The file that makes a folder of the store an artifact."""
 METRICS = "metrics.jsonl"
 """An artifact's learning curve."""
-SCHEMES = ("s3", "gs")
+SCHEMES = {"s3": "AWS_ACCESS_KEY_ID", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
+"""Kinds of object stores, each with a variable in which its client looks for credentials."""
+ATTEMPTS = 5
+"""Requests to S3 that may fail in a row; Arrow's own rule lets one that is never answered take five minutes."""
+RETRY_SECONDS = 30
+"""How long a request to Google is tried again; its client's own 15 minutes pass without a word."""
 CONNECTIONS = 16
 """Files that are on the way at the same time."""
 LOST: dict[str, str] = {}
@@ -51,9 +56,15 @@ def mirrors() -> Path:
 
 @lru_cache(maxsize=8)
 def _filesystem(scheme: str, bucket: str, query: str) -> fs.FileSystem:
-    if scheme == "s3" and "allow_delayed_open" not in query:  # a small file in one request, not in three
-        query = "&".join([*filter(None, [query]), "allow_delayed_open=true"])
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{query and '?' + query}")[0]
+    # s3: a small file in one request, not in three
+    option, value = ("allow_delayed_open", "true") if scheme == "s3" else ("retry_limit_seconds", RETRY_SECONDS)
+    if option not in query:
+        query = "&".join([*filter(None, [query]), f"{option}={value}"])
+    found = fs.FileSystem.from_uri(f"{scheme}://{bucket}?{query}")[0]
+    if scheme == "gs":
+        return found
+    _, (options,) = found.__reduce__()  # a URI cannot say how often, and this is how Arrow sends one elsewhere
+    return fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS))
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,11 @@ class Folder:
     def remote(self) -> bool:
         """Whether `path` is but a mirror."""
         return "://" in self.uri
+
+    @property
+    def credentials(self) -> str:
+        """Variable of the environment in which an object store's client looks for them first."""
+        return SCHEMES[self.uri.partition("://")[0]]
 
     @cached_property
     def path(self) -> Path:

@@ -17,7 +17,9 @@ from ipd_ray import Policy, RunConfig, run
 from ipd_ray.api import plan
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import load
+from ipd_ray.engine import LocalEngine
 from ipd_ray.errors import UserError
+from ipd_ray.progress import Crew
 from ipd_ray.steps import best_reach
 
 
@@ -165,6 +167,15 @@ def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> No
         "values": True, "world_model": True, "imagine": True, "distill": False, "distill:no_imagination": False,
         "choose": False, "evaluate": False,
     }
+
+
+def test_steps_say_that_their_workers_wait_for_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crew, "LOOK", 0.0)
+    monkeypatch.setattr(LocalEngine, "crew", lambda self: (0, 1))
+    heard = Heard()
+    run(LOG, settings("distill.eta=0.2"), run_dir=place / "runs" / "waits", until="choose", listeners=[heard])
+    waiting = [note.partition(": ")[0] for note in heard.notes if "0 of 1 workers are up" in note]
+    assert waiting == ["distill", "distill:no_imagination", "choose"]
 
 
 def test_filtering_at_reading_equals_imagining_anew_at_that_threshold(place: Path) -> None:

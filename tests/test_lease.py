@@ -19,10 +19,11 @@ import torch
 
 from ipd_ray.artifacts import Store, Workspace
 from ipd_ray.errors import UserError
-from ipd_ray.lease import Lease, _born
+from ipd_ray.lease import Lease, _born, _pids
 from ipd_ray.storage import LOST
 
 KEY = "0123456789abcdef" * 4
+EXPIRED = {"time": time.time() - Lease.EXPIRES - 1.0}
 
 HOLD = """
 import sys, time
@@ -76,7 +77,20 @@ def test_another_host_keeps_its_lease_until_it_expires(tmp_path: Path):
 
 
 def test_a_process_number_used_again_is_not_the_owner(tmp_path: Path):
-    written(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="0")
+    written(tmp_path, host=socket.gethostname(), pid=os.getpid(), pids=_pids(), born="0")
+    mine = Lease(tmp_path)
+    assert mine.acquire() is None
+    mine.release()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"pids": ""}, {"pids": _pids().replace("pid:[", "pid:[9")}],
+    ids=["of an older version", "not known", "of another container"],
+)  # fmt: skip
+def test_a_process_that_cannot_be_seen_from_here_is_not_dead(tmp_path: Path, more: dict[str, str]):
+    written(tmp_path, host=socket.gethostname(), pid=os.getpid(), born="0", **more)
+    assert Lease(tmp_path).acquire() is not None
+    written(tmp_path, host=socket.gethostname(), **more, **EXPIRED)
     mine = Lease(tmp_path)
     assert mine.acquire() is None
     mine.release()
@@ -126,9 +140,6 @@ def taken(folder: Path) -> str:
     return str(json.loads((folder / "lease.json").read_text())["token"])
 
 
-EXPIRED = {"time": time.time() - Lease.EXPIRES - 1.0}
-
-
 def test_of_two_that_find_a_lease_expired_one_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     written(tmp_path, **EXPIRED)
     first, second = Lease(tmp_path), Lease(tmp_path)
@@ -161,7 +172,7 @@ def test_of_many_that_find_a_lease_expired_one_takes_it(tmp_path: Path):
 
 @pytest.mark.parametrize(("changes", "got"), [({}, False), ({"born": "0"}, True)])
 def test_a_takeover_that_was_killed_bars_nobody(tmp_path: Path, changes: dict[str, str], got: bool):
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid()), **changes}
+    here = {"pid": os.getpid(), "pids": _pids(), "born": _born(os.getpid()), **changes}
     written(tmp_path, **here, token="taking over")
     (tmp_path / "lease.json").rename(tmp_path / Lease.TAKEOVER)
     written(tmp_path, **EXPIRED)

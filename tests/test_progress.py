@@ -8,7 +8,7 @@ import pytest
 
 from ipd_ray import listeners, progress
 from ipd_ray.listeners import Pace
-from ipd_ray.progress import Listener, ShardProgress
+from ipd_ray.progress import Crew, Listener, ShardProgress
 
 
 class Heard(Listener):
@@ -53,9 +53,24 @@ def test_workers_that_wait_for_room_are_told_when_that_changes(monkeypatch: pyte
         clock.now += 11.0
         shards.tick()
         shards.tick()
-    assert [note.split(": ")[1] for note in heard.notes] == [
-        f"{up} workers are up, {more} more start or wait for room" for up, more in ((0, 4), (3, 1), (4, 0))
-    ]
+    others = ", the others start or wait for room: `ray status` shows what is asked for"
+    assert heard.notes == [f"imagine: {up} of 4 workers are up{others * (up < 4)}" for up in (0, 3, 4)]
+
+
+def test_that_nobody_is_up_is_said_again_each_minute(monkeypatch: pytest.MonkeyPatch):
+    clock, heard, crew = Clock(monkeypatch), Heard(), [(0, 1)]
+    says = Crew("values", lambda: crew[0], heard)
+    said = []
+    for second in range(150):
+        clock.now += 1.0
+        says()
+        said += [second + 1] * (len(heard.notes) - len(said))
+    assert said == [10, 70, 130] and heard.notes[0].startswith("values: 0 of 1 workers are up, the others")
+    crew[0] = (3, 1)
+    for _ in range(150):
+        clock.now += 1.0
+        says()
+    assert len(heard.notes) == 4
 
 
 def test_pace_is_that_of_the_last_minute(monkeypatch: pytest.MonkeyPatch):

@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 
-from ipd_ray import Policy, run
+from ipd_ray import Policy, checks, run, storage
 from ipd_ray.api import job_of
 from ipd_ray.artifacts import Artifact, Store, Workspace
 from ipd_ray.config import load
@@ -137,12 +139,55 @@ def test_the_converted_log_reaches_machines_that_never_saw_the_dataset(
 
 
 def test_a_bucket_that_is_not_there_is_refused_before_any_work(bucket: str):
+    heard = Mock()
     with pytest.raises(UserError, match=r"s3://nowhere-at-all/runs/x cannot be written .*does the bucket exist"):
-        run(LOG, load(overrides=SETTINGS), run_dir="s3://nowhere-at-all/runs/x")
+        run(LOG, load(overrides=SETTINGS), run_dir="s3://nowhere-at-all/runs/x", listeners=[heard])
+    places = "s3://nowhere-at-all/runs/x and s3://nowhere-at-all/runs/store"
+    heard.note.assert_called_once_with(f"looks whether {places} can be written")
     with pytest.raises(OSError):
         probe("s3://nowhere-at-all/x")
     probe(f"{bucket}/x")
     assert Folder.of(f"{bucket}/x").sizes() == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "variable"),
+    [("s3://bucket/x", "AWS_ACCESS_KEY_ID"), ("gs://bucket/x", "GOOGLE_APPLICATION_CREDENTIALS")],
+)
+def test_an_object_store_that_cannot_be_written_is_told_with_its_own_credentials(
+    place: str, variable: str, monkeypatch: pytest.MonkeyPatch
+):
+    def probe(_: str) -> None:
+        raise OSError("no token")
+
+    monkeypatch.setattr(checks, "probe", probe)
+    with pytest.raises(UserError, match=rf"{place} cannot be written \(no token\): .*such as {variable}\)"):
+        checks.check_writable(Folder.of(place))
+
+
+def test_requests_to_google_are_tried_for_half_a_minute_unless_the_uri_says_otherwise():
+    def limit(place: str) -> float:
+        return Folder.of(place).arrow[0].__reduce__()[1][0]["retry_time_limit"].total_seconds()
+
+    assert limit("gs://bucket/x") == 30 and limit("gs://bucket/x?retry_limit_seconds=5") == 5
+
+
+def test_requests_to_s3_that_fail_are_given_up(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    """A server that closes every connection; the options of the URI go there all the same."""
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    came = []
+
+    class Closes(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            came.append(self.request.recv(4096))
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Closes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        options = f"region=here&scheme=http&endpoint_override=127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(OSError):
+            Folder.of(f"{bucket}/x?{options}").exists("y")
+        server.shutdown()
+    assert len(came) == 2 and all(b"/here/s3/aws4_request" in request for request in came)
 
 
 # ---- leases, workspaces, artifacts

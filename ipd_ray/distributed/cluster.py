@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental.internal_kv import _internal_kv_get
 
@@ -39,13 +40,17 @@ def connect(address: str | None, *, dashboard: bool = False) -> bool:
         with _sigterm_kept():
             ray.init(address="local", include_dashboard=dashboard, **quiet)
         return True
+    found = address
     try:
-        knock(address)
+        if address == "auto":  # RAY_ADDRESS, or the last cluster that was started or joined here, which may be gone
+            found = get_ray_address_from_environment(address, None)
+        knock(found)
         with _sigterm_kept():
-            ray.init(address=address, **quiet)
+            ray.init(address=found, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
+        where = "there" if found == address else f"at {found}"
         raise UserError(
-            f"runtime.address={address!r}: no Ray cluster can be joined there ({first_line(error)}): start one with "
+            f"runtime.address={address!r}: no Ray cluster can be joined {where} ({first_line(error)}): start one with "
             "`ray start --head`, or leave runtime.address out for a cluster of this machine."
         ) from error
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 from torch import Tensor
 
 from ipd_ray.artifacts import RESULT, Workspace, load_checkpoint
@@ -88,14 +90,36 @@ class TrainWorkspace(Workspace):
             super().log(step, total, metrics)
 
 
-def prepare(job: DistillJob) -> None:
-    """Leave the corpus in the workspace, where a driver that died before did not."""
+def at_work(job: DistillJob) -> tuple[int, int]:
+    """Return how many workers of a training are up, and how many more it has asked for, as they last said themselves.
+
+    They do so in the cluster's key-value store: Ray does not tell that a task or a training waits for room.
+    """
+    with suppress(RayError):
+        up, more = (_internal_kv_get(_roll(job)) or b"0 0").split()
+        return int(up), int(more)
+    return 0, 0
+
+
+def _at_work(job: DistillJob, up: int, more: int) -> None:
+    with suppress(RayError):
+        _internal_kv_put(_roll(job), f"{up} {more}")
+
+
+def _roll(job: DistillJob) -> str:
+    return f"ipd-ray workers of {job.work}"
+
+
+def prepare(job: DistillJob, workers: int) -> None:
+    """Leave the corpus in the workspace, where a driver that died before did not. workers: asked for next."""
+    _at_work(job, 1, 0)
     folder = Folder.of(job.work) / FOLDER
     if not folder.exists(CORPUS):
         job.place.workspace(job.work)
         folder.path.mkdir(exist_ok=True)
         job.prepare().write(folder.path / CORPUS)
         folder.push([CORPUS])
+    _at_work(job, 0, workers)
 
 
 def train_worker(job: DistillJob) -> None:
@@ -104,6 +128,8 @@ def train_worker(job: DistillJob) -> None:
         job = replace(job, place=replace(job.place, device=str(ray.train.torch.get_device())))
     reducer, place = TorchReducer(), job.place
     set_threads(place.threads)
+    if reducer.rank == 0:
+        _at_work(job, reducer.world, 0)
     workspace = TrainWorkspace(job.work, place.checkpoint_seconds, reducer, place.device)
     folder = Folder.of(job.work) / FOLDER
     folder.have([CORPUS])
@@ -164,10 +190,15 @@ def distill(
             num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=failures, max_calls=1,
             label_selector=labels, scheduling_strategy="DEFAULT",  # not inside what a Tune trial around it holds
         )(prepare)
-        prepared = once.remote(job)
+        _at_work(job, 0, 1)
+        prepared = once.remote(job, workers[0])
         here = {NODE_ID: ray.get_runtime_context().get_node_id()}
         start = ray.remote(num_cpus=0, max_retries=0, max_calls=1, label_selector=here)(fit)
-        _finish([prepared, start.remote(job, [prepared], workers, failures, labels)], tick)
+        try:
+            _finish([prepared, start.remote(job, [prepared], workers, failures, labels)], tick)
+        finally:
+            with suppress(RayError):
+                _internal_kv_del(_roll(job))
     (work / FOLDER).remove()  # Ray's state holds pickles: not for an artifact
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipd_ray.config import RuntimeConfig, label_selector
 from ipd_ray.distributed import cluster
-from ipd_ray.distributed.distill import distill
+from ipd_ray.distributed.distill import at_work, distill
 from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.distributed.pool import ActorPool
 from ipd_ray.engine import Task, drive, raise_failures
@@ -35,6 +35,7 @@ class RayEngine:
             if self._ours:
                 cluster.disconnect()
             raise
+        self._training: DistillJob | None = None
         self._gpus = runtime.gpus_per_actor if self._cuda else 0.0
         self._actor_labels, self._worker_labels = map(label_selector, (runtime.actor_labels, runtime.worker_labels))
         self._pool = ActorPool(self._limit, threads=runtime.threads, gpus=self._gpus, labels=self._actor_labels)
@@ -59,7 +60,11 @@ class RayEngine:
             offered = self._look().where(self._worker_labels)
             threads = offered.threads(min(most, max(fewest, offered.slots(1, gpus))), gpus)
             job = replace(job, place=replace(job.place, threads=threads))
-        distill(job, (fewest, most), tick, labels=self._worker_labels)
+        self._training = job
+        try:
+            distill(job, (fewest, most), tick, labels=self._worker_labels)
+        finally:
+            self._training = None
 
     def require_storage(self, places: Sequence[str]) -> None:
         require_storage(
@@ -69,7 +74,8 @@ class RayEngine:
 
     def crew(self) -> tuple[int, int]:
         starting = self._pool.starting
-        return len(self._pool) - starting, starting
+        up, more = at_work(self._training) if self._training else (0, 0)
+        return len(self._pool) - starting + up, starting + more
 
     def close(self) -> None:
         self._pool.clear()

@@ -322,9 +322,14 @@ class JobServer:
                 handed = credentials.runtime_env(name)
                 runtime_env = {**runtime_env, **handed, "env_vars": {**runtime_env["env_vars"], **handed["env_vars"]}}
             runtime_env["working_dir"] = str(archive)
-            return self._client.submit_job(
-                entrypoint=entrypoint, runtime_env=runtime_env, submission_id=submission_id or None
-            )
+            try:
+                return self._client.submit_job(
+                    entrypoint=entrypoint, runtime_env=runtime_env, submission_id=submission_id or None
+                )
+            except BaseException:  # refused or interrupted: no job will blank them
+                if environment:
+                    self._hand_over(name, {})
+                raise
 
     def jobs(self) -> list[Job]:
         """Return the submitted jobs, the last one first."""

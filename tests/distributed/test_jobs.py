@@ -219,6 +219,8 @@ class Head:
     """Working directory of who submits."""
     shared: Path
     """Storage that the cluster sees."""
+    gcs: str
+    """Address of the head's key-value store."""
 
     def call(self, *words: str, code: int | None = 0, **env: str) -> tuple[str, str]:
         """Run the command line here, as a user of the cluster; return what it printed and said."""
@@ -255,7 +257,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
              *(f"--{name}={port}" for name, port in ports.items())],
             env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )
-        found = Head(f"http://127.0.0.1:{ports['dashboard-port']}", Path(ray), place, shared)
+        server, store = (f"127.0.0.1:{ports[name]}" for name in ("dashboard-port", "port"))
+        found = Head(f"http://{server}", Path(ray), place, shared, store)
         try:
             until(lambda: process.poll() is not None or not answers_nobody(ports["dashboard-port"]))
             until(lambda: "[]" in found.call("jobs", "ls", "--json", code=None)[0])
@@ -263,6 +266,21 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+def memory(head: Head) -> str:
+    """All values of the head's key-value store that name an environment, in which submit's are."""
+    script = (
+        "import sys\nfrom ray._raylet import GcsClient\n"
+        "store = GcsClient(address=sys.argv[1])\n"
+        "for key in store.internal_kv_keys(b'gcs://ipd-ray-', None, 30):\n"
+        "    print(store.internal_kv_get(key, None, 30).decode())\n"
+    )
+    read = subprocess.run(
+        [sys.executable, "-c", script, head.gcs], env={**os.environ, **head.environment}, capture_output=True,
+        text=True, check=True,
+    )
+    return read.stdout
 
 
 def files_with(text: str, *folders: Path) -> list[str]:
@@ -331,10 +349,11 @@ def test_submitted_sweep_finishes(head: Head) -> None:
 
 @pytest.mark.ray
 def test_job_that_fails_gives_its_exit_code_and_unknown_jobs_the_near_name(head: Head) -> None:
-    words = ["--submission-id", "shown", "--", "data", "show", "test/pendulm-v0"]
-    out, said = head.call("submit", "--no-pins", *words, code=2)
+    words = ["--submission-id", "shown", "--env", "MY_SECRET", "--", "data", "show", "test/pendulm-v0"]
+    out, said = head.call("submit", "--no-pins", *words, code=2, MY_SECRET=SECRET)
     assert "test/pendulum-v0" in out and "shown: FAILED, exit code 2" in said
-    assert "is taken" in head.call("submit", "--no-pins", *words, code=2)[1]
+    assert "is taken" in head.call("submit", "--no-pins", *words, code=2, MY_SECRET=SECRET)[1]
+    assert set(memory(head).splitlines()) == {'{"environment of a job": {}}'}  # what was refused is taken back
     assert head.call("jobs", "logs", "shown", "--follow", code=2)[0] in out
     assert "Did you mean 'shown'" in head.call("jobs", "stop", "show", code=2)[1]
 

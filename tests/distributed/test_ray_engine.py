@@ -95,21 +95,25 @@ def test_an_actor_and_what_it_imagines_are_the_same_whoever_makes_them(ray_clust
 
 
 def test_interrupt_leaves_nothing_running(ray_cluster, tiny_method, tmp_path: Path):
-    """Ctrl-C arrives in a tick; afterwards the cluster is free again."""
+    """Ctrl-C arrives in a tick; afterwards the cluster is free again. Ticks before saw who was up, and who was not."""
     import ray
 
-    pid = tmp_path / "pid"
+    pid, crews = tmp_path / "pid", []
 
     def interrupt() -> None:
+        crews.append(engine.crew())
         if (tmp_path / "work" / "metrics.jsonl").exists() or pid.exists():
             raise KeyboardInterrupt
 
     engine = ray_engine(train_threads=1)
     with pytest.raises(KeyboardInterrupt):
         engine.run_steps([Task("long", testing.write_pid, {"path": str(pid), "seconds": 600.0})], interrupt)
+    assert crews[0] == (0, 1) and crews[-1] == (1, 0)
     pid.unlink()
+    crews.clear()
     with pytest.raises(KeyboardInterrupt):
         engine.distill(tiny_method.job(tmp_path / "work", testing.SlowJob, seconds=0.5), interrupt)
+    assert crews[0] == (0, 1) and crews[-1] == (1, 0) and engine.crew() == (0, 0)
     engine.close()
     end = time.monotonic() + 20.0
     while ray.available_resources().get("CPU") != 2.0 and time.monotonic() < end:
@@ -139,14 +143,17 @@ def test_gpu_that_is_not_there_is_refused(ray_cluster):
         RayEngine(RuntimeConfig(engine="ray"), "cuda")
 
 
-def test_address_without_a_cluster_is_refused_at_once():
+@pytest.mark.parametrize(("address", "where"), [("127.0.0.1:1", "there"), ("auto", "at 127.0.0.1:1")])
+def test_address_without_a_cluster_is_refused_at_once(address: str, where: str, monkeypatch: pytest.MonkeyPatch):
     """In a process of its own: this one is connected."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     script = (
         "from ipd_ray.distributed.cluster import connect\nfrom ipd_ray.errors import UserError\n"
-        "try:\n    connect('127.0.0.1:1')\nexcept UserError as error:\n    print(error)\n"
+        f"try:\n    connect({address!r})\nexcept UserError as error:\n    print(error)\n"
     )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60).stdout
-    assert said.startswith("runtime.address='127.0.0.1:1': no Ray cluster can be joined there") and "ray start" in said
+    assert "ray start" in said
+    assert said.startswith(f"runtime.address='{address}': no Ray cluster can be joined {where} (")
 
 
 def test_relative_paths_are_refused(ray_cluster, tiny_method):
