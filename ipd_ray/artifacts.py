@@ -15,7 +15,7 @@ import platform as platform_module
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -357,18 +357,20 @@ class Store:
         waiting: called once with (step, owner) where somebody owns it.
         """
         folder, told = self.folder(step, key), False
-        with ExitStack() as stack:
-            while self.find(step, key) is None:
-                lease = Lease(folder)
-                owner = lease.acquire()
-                if owner is None:
-                    stack.callback(lease.release)
-                    break
-                if waiting and not told:
-                    waiting(step, owner)
-                    told = True
-                time.sleep(0.5)
-            yield folder if self.find(step, key) is None else None
+        while self.find(step, key) is None:
+            lease = Lease(folder)
+            owner = lease.acquire()
+            if owner is None:
+                try:
+                    yield folder if self.find(step, key) is None else None  # its owner before may have been done
+                finally:
+                    lease.release()
+                return
+            if waiting and not told:
+                waiting(step, owner)
+                told = True
+            time.sleep(0.5)
+        yield None
 
     def commit(self, step: str, key: str, *, version: int, parts: Mapping[str, Any]) -> Artifact:
         """Turn a finished work folder into the artifact of its key; `parts` says what the key was made of."""

@@ -233,10 +233,19 @@ class Log:
     @cached_property
     def observation_moments(self) -> tuple[Floats, Floats]:
         """Mean and std, (O,) each, of the training observations; where they are constant, their size, 1 at least."""
+        mean, std, size = self._observation_spread
+        return mean, np.where(std > 0, std, np.maximum(size, 1.0)).astype(np.float32)
+
+    @cached_property
+    def varying(self) -> Bools:
+        """(O,) entries of the observation that are not constant over the training steps."""
+        return self._observation_spread[1] > 0
+
+    @cached_property
+    def _observation_spread(self) -> tuple[Floats, Floats, NDArray[np.float64]]:
         observation = self.transitions.observation[self.train_steps].astype(np.float64)
         size = np.abs(observation).max(0)
-        std = spread(observation, size)
-        return observation.mean(0).astype(np.float32), np.where(std > 0, std, np.maximum(size, 1.0)).astype(np.float32)
+        return observation.mean(0).astype(np.float32), spread(observation, size), size
 
     @cached_property
     def action_unit(self) -> Floats:
@@ -324,7 +333,11 @@ def spread(values: NDArray[np.float64], magnitude: NDArray[np.float64]) -> Float
     magnitude: (D,) size of the float32 numbers that the values were computed from.
     """
     std = values.std(0)
-    return np.where(std > _ROUNDING * magnitude, std, 0.0).astype(np.float32)
+    return np.where(_is_rounding(std, magnitude), 0.0, std).astype(np.float32)
+
+
+def _is_rounding(std: NDArray[np.float64], magnitude: NDArray[Any]) -> Bools:
+    return std <= _ROUNDING * magnitude
 
 
 def rank_correlation(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -376,7 +389,7 @@ def log_remarks(transitions: Transitions) -> list[str]:
             "time, they are truncated, not terminated, and nothing may be learned of an end there."
         )
     std, size = t.observation.std(0, dtype=np.float64), np.abs(t.observation).max(0)
-    for entry in np.flatnonzero((std > 0) & (std <= _ROUNDING * size)):
+    for entry in np.flatnonzero((std > 0) & _is_rounding(std, size)):
         out.append(
             f"entry {entry} of the observation, of size {size[entry]:.3g}, varies no more than float32 rounds it and "
             "counts as constant: if it means something, subtract its first value before logging."

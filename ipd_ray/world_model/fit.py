@@ -307,8 +307,7 @@ def rollout_error(
     rng = np.random.default_rng(0)
     begin = rng.choice(held, min(starts, len(held)), replace=False)
     remaining = left[np.searchsorted(held, begin)]
-    varies = t.observation[log.train_steps].std(0) > 0
-    scale = log.observation_moments[1][varies]
+    scale = log.observation_moments[1][log.varying]
     s0 = t.observation[begin]
     s = torch.from_numpy(s0).to(device)
     errors: list[float] = []
@@ -321,5 +320,5 @@ def rollout_error(
         s, *_ = model.step_together(s, torch.from_numpy(t.action[index]).to(device))
         truth = t.next_observation[index]
         for guess, into in ((s.cpu().numpy(), errors), (s0, still)):
-            into.append(float(np.sqrt(np.square((guess - truth)[alive][:, varies] / scale).mean())))
+            into.append(float(np.sqrt(np.square((guess - truth)[alive][:, log.varying] / scale).mean())))
     return {"model": errors, "still": still}
