@@ -35,7 +35,7 @@ class Acting:
     def __init__(self, log: Log, values: Any, world_model: Any, planner: PlannerConfig | None, acts: Any = None):
         self.spec, self.discount, self._scale = log.transitions.spec, log.discount, log.reward_scale
         self._values, self._world_model, self._planner = values, world_model, planner
-        self._acts = acts or values
+        self._acts, self._unit = acts or values, torch.from_numpy(log.action_unit)
         self._generator = torch.Generator().manual_seed(0)
 
     def reset(self, mask: Any = None) -> None:
@@ -46,7 +46,8 @@ class Acting:
         if self._planner is None:
             return self.spec.unscale_action(self._acts.act(s).numpy())
         planned = plan(
-            s, self._world_model, self._values, self._planner, discount=self.discount, generator=self._generator
+            s, self._world_model, self._values, self._planner, discount=self.discount, generator=self._generator,
+            action_unit=self._unit,
         )
         return self.spec.unscale_action(planned.action.numpy())
 
