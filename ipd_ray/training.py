@@ -17,7 +17,10 @@ class Trainer(Protocol):
     """Something that learns by numbered updates and whose whole state is tensors."""
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Do update number `step` and return scalars on the device. Depends on the state and `step` alone."""
+        """Do update number `step` and return scalars on the device, which hold until the next update.
+
+        Depends on the state and `step` alone.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Return all that `load_state` needs to go on bit for bit."""
@@ -50,7 +53,7 @@ def train(
         if stop and count == 0 and stop():
             return
         for name, value in trainer.update(step).items():
-            sums[name] = sums[name] + value if name in sums else value.detach().clone()
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach().clone()
         count += 1
         if (step + 1) % log_every == 0 or step + 1 == total:
             metrics = dict(zip(sums, (torch.stack(list(sums.values())) / count).tolist(), strict=True))

@@ -19,6 +19,7 @@ from ipd_ray.artifacts import (
     stripped,
 )
 from ipd_ray.config import ValuesConfig
+from ipd_ray.cuda_graphs import Captured, make_capturable, recorder_for, set_rate
 from ipd_ray.data.transitions import Log, rank_correlation
 from ipd_ray.layers import EnsembleMLP, block_generator, matrix_products
 from ipd_ray.training import exhaust, train
@@ -71,6 +72,7 @@ class ValueTrainer:
             lr=config.learning_rate,
             fused=True,
         )
+        make_capturable(self._optimizer, device)
         partial, weight = log.return_parts
         reward_n, last_n, weight_n = log.n_step(config.n_step)
         shift, scale = log.return_moments
@@ -89,19 +91,28 @@ class ValueTrainer:
         self._table = torch.from_numpy(table).to(device)
         self._offset = shift / scale
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
+        self._captured = Captured(self._compute, self.state, recorder_for(device))
 
-    def _batch(self, step: int) -> list[Tensor]:
+    def _draw(self, step: int) -> None:
         block, row = divmod(step, _BLOCK)
         if self._block[0] != block:
             size = (_BLOCK, self._config.batch_size)
             index = torch.randint(len(self._table), size, generator=block_generator(self._seed, _STREAM, block))
             self._block = (block, index.to(self._device))
-        return list(self._table[self._block[1][row]].split(self._widths, 1))
+        self._index.copy_(self._block[1][row])
 
     def update(self, step: int) -> dict[str, Tensor]:
+        config = self._config
+        self._draw(step)
+        behaviour_rate = config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / config.updates))
+        set_rate(self._optimizer.param_groups[1], behaviour_rate)
+        return self._captured(step % 4 == 0)
+
+    def _compute(self, with_returns: bool) -> dict[str, Tensor]:
         config, model = self._config, self.model
         with matrix_products(self._device, config.precision):
-            s, a, s_n, r_n, weight_n, partial, weight, s_end = self._batch(step)
+            s, a, s_n, r_n, weight_n, partial, weight, s_end = self._table[self._index].split(self._widths, 1)
             sa = torch.cat([s, a], 1).expand(2, -1, -1)
             with torch.no_grad():
                 # y = r_n + gamma^n (1 - done) V(s_n) in units of the returns' spread, V = offset + v there
@@ -116,27 +127,25 @@ class ValueTrainer:
             weights = advantage_weights(advantage, temperature=config.advantage_temperature)
             behaviour_loss = (weights * (action - a).square()).sum(1).mean()
             loss = q_loss + v_loss + behaviour_loss
-            if step % 4 == 0:
+            if with_returns:
                 with torch.no_grad():
                     returns = partial + weight * (model.v_net(s_end[None])[0] + self._offset)
                 expectiles = model.return_net(s[None])[0]
                 loss = loss + expectile_loss(returns, expectiles[:, :1], tau=0.5)
                 loss = loss + expectile_loss(returns, expectiles[:, 1:], tau=config.prompt_expectile)
-        self._optimizer.param_groups[1]["lr"] = (
-            config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / config.updates))
-        )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
         online = [p.data for p in model.q_net.parameters()]
         torch._foreach_lerp_(self._target, online, config.polyak)
-        return {
+        told = {
             "q_loss": q_loss,
             "v_loss": v_loss,
             "behaviour_loss": behaviour_loss,
             "v_mean": v.mean(),
             "advantage_mean": advantage.mean(),
         }
+        return {name: value.detach() for name, value in told.items()}
 
     def state(self) -> dict[str, Tensor]:
         target = {str(i): value for i, value in enumerate(self._target)}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
+from ipd_ray.cuda_graphs import Captured, make_capturable, recorder_for, set_rate
 from ipd_ray.data.transitions import Log, rank_correlation, spread
 from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
@@ -65,6 +66,8 @@ class WorldModelTrainer:
             device
         )
         self._learn_termination = config.termination == "learned" and _terminates(log)
+        self._half = max(1, config.batch_size // 2)
+        self._termination_index = torch.zeros(2 * self._half, dtype=torch.int64, device=device)
         if self._learn_termination:
             self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
         decayed = [*self.model.net.parameters(), *self.model.termination_net.parameters()]
@@ -76,23 +79,42 @@ class WorldModelTrainer:
             lr=config.learning_rate,
             fused=True,
         )
+        make_capturable(self._optimizer, device)
         self.best = {name: value.detach().clone() for name, value in self.model.net.state_dict().items()}
         self.best_error = torch.full((config.members,), float("inf"), device=device)
         self.stale = 0
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._drawn = torch.zeros((config.members, config.batch_size), dtype=torch.int64, device=device)
+        self._captured = Captured(self._compute, self.state, recorder_for(device))
 
-    def _batch(self, step: int) -> list[Tensor]:
+    def _draw(self, step: int) -> None:
         block, row = divmod(step, _BLOCK)
         if self._block[0] != block:
             size = (_BLOCK, self._config.members, self._config.batch_size)
             draw = torch.randint(len(self._table), size, generator=block_generator(self._seed, _STREAM, block + 1))
             self._block = (block, draw.to(self._device))
-        index = torch.gather(self._bootstrap, 1, self._block[1][row])
-        return list(self._table[index].split(self._split, -1))
+        self._drawn.copy_(self._block[1][row])
+        if self._learn_termination:
+            generator = block_generator(self._seed, _STREAM + 1, step)
+            anywhere = torch.randint(len(self._pairs), (self._half,), generator=generator)
+            ending = self._ended[torch.randint(len(self._ended), (self._half,), generator=generator)]
+            self._termination_index.copy_(torch.cat([anywhere, ending]))
 
     def update(self, step: int) -> dict[str, Tensor]:
         config = self._config
-        inputs, target = self._batch(step)
+        self._draw(step)
+        rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
+        for group in self._optimizer.param_groups:
+            set_rate(group, rate)
+        told = self._captured()
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.max_updates:
+            self._look()
+        return told
+
+    def _compute(self) -> dict[str, Tensor]:
+        config = self._config
+        index = torch.gather(self._bootstrap, 1, self._drawn)
+        inputs, target = self._table[index].split(self._split, -1)
         with matrix_products(self._device, config.precision):
             mean, log_variance = self.model.heads(inputs)
             square = (mean - target).square()
@@ -101,25 +123,15 @@ class WorldModelTrainer:
             bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
             loss = weighted + 0.01 * bounds
             if self._learn_termination:
-                loss = loss + self._termination_loss(step)
-        rate = config.learning_rate * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / config.max_updates)))
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+                loss = loss + self._termination_loss()
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._optimizer.step()
-        metrics = {"nll": nll.detach().mean(), "train_mse": square.mean().detach()}
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.max_updates:
-            self._look()
-        return metrics
+        return {"nll": nll.detach().mean(), "train_mse": square.mean().detach()}
 
-    def _termination_loss(self, step: int) -> Tensor:
+    def _termination_loss(self) -> Tensor:
         """Cross-entropy on half random, half ending steps; the logit is corrected for that, to stay calibrated."""
-        half = max(1, self._config.batch_size // 2)
-        generator = block_generator(self._seed, _STREAM + 1, step)
-        anywhere = torch.randint(len(self._pairs), (half,), generator=generator).to(self._device)
-        ending = self._ended[torch.randint(len(self._ended), (half,), generator=generator).to(self._device)]
-        rows = self._pairs[torch.cat([anywhere, ending])]
+        rows = self._pairs[self._termination_index]
         s, following = rows[:, :-1].chunk(2, 1)
         label = rows[:, -1]
         share = 0.5 + 0.5 * self._prior
@@ -192,7 +204,7 @@ def _termination_rows(
     ).astype(np.float32)
     ended = np.flatnonzero(t.terminal[steps])
     share = min(max(len(ended) / len(steps), 1e-6), 1.0 - 1e-6)
-    return torch.from_numpy(rows).to(device), torch.from_numpy(ended).to(device), share
+    return torch.from_numpy(rows).to(device), torch.from_numpy(ended), share
 
 
 def fit_world_model(log: Log, config: WorldModelConfig, *, seed: int, device: str, workspace: Workspace) -> None:
