@@ -188,13 +188,15 @@ class PlannerConfig(Section):
     iterations: PositiveInt = 6
     """Steps of the climb (gradient)."""
     reach: Reach = 0.3
-    """How far a plan's actions may lie from the behaviour policy's, in rescaled action units (gradient)."""
+    """How far a plan's actions may lie from the behaviour policy's, in units of what the log's actions
+    use of their bounds (gradient)."""
     candidates: PositiveInt = 256
     """N, action sequences a step and state (mpc, greedy_q). Rounded up to a multiple of world_model.elites."""
     horizon: PositiveInt = 5
     """H, model steps a plan looks ahead. Longer sees further and compounds model error."""
     noise_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    """Std of the Gaussian noise around the behaviour policy's actions, in rescaled action units (mpc, greedy_q)."""
+    """Std of the Gaussian noise around the behaviour policy's actions, in units of what the log's actions use of their
+    bounds (mpc, greedy_q)."""
     temperature: PositiveFloat = 0.1
     """lambda of MPPI, on scores standardised over the candidates: near 0 takes the best, large averages all (mpc)."""
     disagreement_penalty: NonNegativeFloat = 0.0
@@ -203,14 +205,27 @@ class PlannerConfig(Section):
     precision: Precision = "float32"
     """Of the matrix products inside a plan; bfloat16 is nearly twice as fast. Imagined steps themselves are float32."""
 
+    def read_by_kind(self) -> dict[str, Any]:
+        """Return the fields that plans of this kind depend on: another's change nothing."""
+        return self.model_dump(mode="json", include={"kind", *_READ_BY_KIND[self.kind]})
+
+
+_READ_BY_KIND = {
+    "mpc": {"candidates", "horizon", "noise_std", "temperature", "disagreement_penalty", "precision"},
+    "gradient": {"iterations", "reach", "horizon", "disagreement_penalty", "precision"},
+    "actor": {"horizon"},
+    "greedy_q": {"candidates", "noise_std", "precision"},
+}
+
 
 class ActorConfig(Section):
     """Step 3, the actor that learns the planner's score by heart inside the world model (planner.kind=actor)."""
 
     reaches: Annotated[tuple[Reach, ...], Field(min_length=1)] = (0.075, 0.15, 0.3)
-    """How far its actions may lie from the behaviour policy's, in rescaled action units. An actor learns for each; of
-    those that gain nearly as much as the best inside the world model, the largest is kept. Large ones leave what a
-    narrow log lets the world model know; small ones cannot mend a behaviour policy that fails."""
+    """How far its actions may lie from the behaviour policy's, in units of what the log's actions use of their bounds.
+    An actor learns for each; of those that gain nearly as much as the best inside the world model, the largest is
+    kept. Large ones leave what a narrow log lets the world model know; small ones cannot mend a behaviour policy that
+    fails."""
     rounds: PositiveInt = 20
     """Times for each reach that the actor is rolled out, V learns what came of it, and the actor climbs the score with
     that V."""
@@ -225,7 +240,8 @@ class ActorConfig(Section):
     """Share of the roll-outs that go on where others of the round before ended, so that the actor learns where it gets
     to; the others start at states of the log."""
     noise_std: Fraction = 0.1
-    """Std of Gaussian noise on the actions of every second roll-out, in rescaled action units."""
+    """Std of Gaussian noise on the actions of every second roll-out, in units of what the log's actions use of their
+    bounds."""
     trace: Fraction = 0.98
     """lambda of the returns that V learns: 0 asks V after one step, 1 only at the end."""
     value_updates: PositiveInt = 300
@@ -333,16 +349,18 @@ class DistillConfig(Section):
     snapshots: PositiveInt = 4
     """Policies kept along the way, at equal distances, the last one included; evaluation scores each."""
     eta: NonNegativeFloat = 0.0
-    """Weight of the value term - eta * Q(s, pi) / scale; 0 leaves it out. Pays where Q is good on every action, as on
-    small tasks (0.2), harms where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
+    """Weight of the value term - eta * Q(s, pi) / scale, for a log whose actions use their bounds (it falls with the
+    square of what they use); 0 leaves it out. Pays where Q is good on every action, as on small tasks (0.2), harms
+    where it is not (docs/notes.md): sweep 0.02, 0.1, 0.5."""
     eta_warmup: Fraction = 0.2
     """Share of the updates over which eta rises from zero: a random policy asks Q where no data lies."""
     critic_scale: Literal["std", "mean_abs"] = "std"
-    """What Q is divided by: the spread of Q(s, .) over uniform actions, or mean |Q| (the paper's; not
-    shift-invariant)."""
+    """What Q is divided by: the spread of Q(s, .) over actions as far from one another as the log's, or mean |Q| (the
+    paper's; not shift-invariant)."""
     imagined_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
-    """Share of the imitated positions that are imagined; no more than the share of segments that was accepted, since
-    where few pass, most of these pass by the errors of model and values."""
+    """Share of the imitated positions that are imagined; no more than the share of segments that pass the tests, since
+    where few pass, most of these pass by the errors of model and values. Of the loss it is more where plans weigh
+    more (data_temperature)."""
     reuse_cap: PositiveFloat = 10.0
     """An imagined step is drawn at most this many times as often as a real one; lowers imagined_ratio where
     few passed."""
@@ -368,20 +386,21 @@ class DistillConfig(Section):
 
 
 class ChooseConfig(Section):
-    """Step 6, which policy is kept: the simplest that does as well as the best inside the world model."""
+    """Step 6, which policy is kept: the first that does as well as the best inside the world model; first come those
+    distilled with plans, of them the last ones."""
 
     episodes: NonNegativeInt = 200
     """Episodes that each candidate plays inside the world model. 0: the last policy of distillation is kept."""
     length: PositiveInt = 500
-    """Imagined steps of each; no more than the log's longest episode."""
+    """Imagined steps of each; no more than the log's limit of time, where it shows one."""
     noise_std: Fraction = 0.1
-    """Std of Gaussian noise on each action, in rescaled action units."""
+    """Std of Gaussian noise on each action, in units of what the log's actions use of their bounds."""
     known: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
-    """Share of held-out steps that the world model knows: a step more uncertain than these halts an imagined episode,
-    and the rest of it earns as little as the worst hundredth of the log. 1: only one more uncertain than all."""
+    """Share of held-out steps that the world model knows: a step more uncertain than these, and than 1.5 medians, halts
+    an imagined episode, and the rest of it earns as little as the worst hundredth of the log, never more than 0."""
     tolerance: NonNegativeFloat = 2.0
-    """Standard errors of the best candidate's imagined return by which another may fall short and still be kept, if it
-    is simpler: distilled from the log alone, or later in its training. 0: the best."""
+    """Standard errors by which a candidate may fall short of the best, in pairs of imagined episodes that begin alike,
+    and still be kept if it comes first. 0: the best."""
     without_imagination: bool = True
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 
@@ -409,7 +428,7 @@ class EvaluateConfig(Section):
     candidates: PositiveInt = 1
     """Actions that Q ranks at every step: the policy's own, and noisy ones around it. 1: the policy's own is taken."""
     candidate_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Std of that noise, in rescaled action units ([-1, 1])."""
+    """Std of that noise, in halves of the bounds' width."""
 
 
 class RuntimeConfig(Section):

@@ -23,7 +23,7 @@ from ipd_ray.checks import check_config
 from ipd_ray.config import RunConfig, label_selector
 from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError
-from ipd_ray.estimate import Sizes, work_seconds
+from ipd_ray.estimate import Sizes, sizes_of, work_seconds
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import human_bytes
 from ipd_ray.storage import marked, troubles
@@ -243,7 +243,7 @@ def _planned(
     """The plan, measured where it would be carried out; what it finds goes to `findings`."""
     def work(context: Context) -> dict[str, float] | None:
         steps = sorted({part.step for part in context.parts.until("evaluate")})
-        seconds, finding = site.calibrated(steps, Sizes.of(context))
+        seconds, finding = site.calibrated(steps, sizes_of(context))
         findings.append(finding)
         return seconds
 

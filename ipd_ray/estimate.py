@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_file
+from ipd_ray.data.transitions import Ints, Transitions
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
-from ipd_ray.pipeline import TO_COME, Context, Part, state_of, train_threads
+from ipd_ray.pipeline import TO_COME, Context, Part, judge_of, state_of, train_threads
 from ipd_ray.storage import METRICS
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
@@ -53,19 +55,27 @@ class Sizes:
     steps: int
     observation: int
     action: int
-    longest: int
-    """Steps of the longest episode."""
+    lengths: Ints
+    """(E,) steps of the episodes."""
+    limit: int | None
+    """Of an episode's time, where the log shows one."""
     terminates: bool
     held: int
     """Steps held out, as the world model looks at them."""
 
     @classmethod
-    def of(cls, context: Context) -> Sizes:
-        t = context.transitions
-        held = min(20_000, int(len(t) * context.config.data.holdout_fraction))
+    def of(cls, t: Transitions, holdout_fraction: float) -> Sizes:
+        held = min(20_000, int(len(t) * holdout_fraction))
         return cls(
-            len(t), t.observation_dim, t.spec.action_dim, int(t.episode_length.max()), bool(t.terminal.any()), held
+            len(t), t.observation_dim, t.spec.action_dim, t.episode_length, t.time_limit, bool(t.terminal.any()), held
         )
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def within(self, steps: int) -> int:
+        return steps if self.limit is None else min(steps, self.limit)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def estimate(
     Memory is a worker's; imagination has `processes` of them. work: `work_seconds` of the machine that will do it; of
     this one where not given.
     """
-    config, sizes = context.config, Sizes.of(context)
+    config, sizes = context.config, sizes_of(context)
     parts = {part.name: part for part in context.parts.until(until)}
     if work is None:
         work = work_seconds({part.step for part in parts.values()}, config, sizes, context.device)
@@ -118,7 +128,7 @@ def work_seconds(
 def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[str, float]:
     """Return the whole run's seconds, peak memory and disk, with `processes` workers."""
     seconds, peak = _together(rows, processes)
-    sizes = Sizes.of(context)
+    sizes = sizes_of(context)
     driver = PROCESS_BYTES + _log_bytes(sizes)
     disk = sum(row["disk"] for row in rows) + _data_left(context, sizes)
     return {"seconds": seconds, "memory": driver + peak, "disk": disk}
@@ -140,7 +150,7 @@ def _together(rows: list[dict[str, Any]], processes: int) -> tuple[float, float]
 
 def estimate_disk(context: Context, until: str) -> int:
     """Return the bytes that the run will write to the store."""
-    sizes, parts = Sizes.of(context), {part.name: part for part in context.parts.until(until)}
+    sizes, parts = sizes_of(context), {part.name: part for part in context.parts.until(until)}
     need = [_disk(parts[row["step"]].step, context.config, sizes) for row in state_of(context, until)
             if row["state"] in TO_COME]
     return round(sum(need)) + _data_left(context, sizes)
@@ -155,7 +165,7 @@ def _done(context: Context, part: Part) -> float:
     """Share of a stopped part that is done."""
     folder = context.store.folder(part.step, part.key)
     if part.step == "imagine":
-        shards = max(1, -(-_starts(context.config, Sizes.of(context)) // context.config.imagine.shard_size))
+        shards = max(1, -(-_starts(context.config, sizes_of(context)) // context.config.imagine.shard_size))
         there = sum(name.startswith("shard-") and name.endswith(".json") for name in folder.sizes())
         return min(1.0, there / shards)
     folder.pull([METRICS])
@@ -249,8 +259,16 @@ class _Weights:
         return 2 * self.q + self.v + self.returns + self.behaviour
 
 
+def sizes_of(context: Context) -> Sizes:
+    """Return the sizes of a run's log."""
+    return Sizes.of(context.transitions, context.config.data.holdout_fraction)
+
+
 def _starts(config: RunConfig, sizes: Sizes) -> int:
-    return min(config.select.starts, max(1, sizes.steps // config.imagine.length))
+    """Start states that there is room for: see `select_starts`."""
+    cap = max(1, int(config.select.episode_cap * config.select.starts))
+    room = np.minimum(-(-sizes.lengths // sizes.within(config.imagine.length)), cap).sum()
+    return min(config.select.starts, int(room))
 
 
 def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
@@ -301,7 +319,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         walked = (elites + 1) * w.model + w.termination + w.actor
         rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
-        played = min(sizes.longest, 1000) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
+        played = sizes.within(judge_of(config).length) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
         if step == "actor":
             copied = a.student_updates * _update("actor", 3.0 * 512 * w.actor, rate, speed)  # of one network
             return a.students * (copied + rolled)
@@ -310,15 +328,15 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         elites = config.world_model.elites
         planned = operations("plan", config, sizes) + 2.0 * elites * w.model
         rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
-        return _starts(config, sizes) * config.imagine.length * planned / rate
+        return _starts(config, sizes) * sizes.within(config.imagine.length) * planned / rate
     if step == "distill":
         p, d = config.policy, config.distill
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * _tokens(config), p.width) * threads
         return d.updates * _update("distill", operations("distill", config, sizes), rate, speed)
     if step == "choose":
-        played = config.choose.length * config.distill.snapshots * (2 if config.choose.without_imagination else 1)
-        return played * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
+        policies = config.distill.snapshots * (2 if config.choose.without_imagination else 1)
+        return policies * sizes.within(config.choose.length) * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
     if step == "fitted_q":
         v = config.values
         flops = 2.0 * v.batch_size * 2 * w.q * 4  # target, forward; Q, forward and back
@@ -395,7 +413,7 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
 
 
 def _segment_bytes(config: RunConfig, sizes: Sizes) -> float:
-    length = config.imagine.length
+    length = sizes.within(config.imagine.length)
     numbers = (length + 1) * (sizes.observation + 2) + length * (2 * sizes.action + 4) + 10
     return _starts(config, sizes) * 4.0 * numbers
 
@@ -404,12 +422,13 @@ def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
     """What distillation draws windows from: the log, and plans behind the real steps that they look back on."""
     plans = 0
     if config.distill.imagined_ratio > 0:
-        plans = _starts(config, sizes) * (config.imagine.length + config.policy.context - 1)
-    return 4.0 * (sizes.steps + plans) * (sizes.observation + sizes.action + 3)
+        plans = _starts(config, sizes) * (sizes.within(config.imagine.length) + config.policy.context - 1)
+    log = sizes.steps + len(sizes.lengths) * (config.policy.context - 1)
+    return 4.0 * (log + plans) * (sizes.observation + sizes.action + 3)
 
 
 def _log_bytes(sizes: Sizes) -> float:
     return 4.0 * sizes.steps * (2 * sizes.observation + sizes.action + 2)
 
 
-__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "operations", "total", "work_seconds"]
+__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "operations", "sizes_of", "total", "work_seconds"]

@@ -114,7 +114,7 @@ class Parts:
         self.actor: Part | None = None
         """None where plans are found anew for each state."""
         if c.planner.kind == "actor":
-            about: dict[str, Any] = {"planner": c.planner, "uncertainty": c.imagine.uncertainty}
+            about: dict[str, Any] = {"planner": c.planner.read_by_kind(), "uncertainty": c.imagine.uncertainty}
             judged = {"judge": judge_of(c), "range_margin": c.accept.range_margin}
             alone = {**about, **judged, "actor": c.actor.model_dump(mode="json", exclude=_OF_ALL_REACHES)}
             for reach in c.actor.reaches:
@@ -123,7 +123,7 @@ class Parts:
             upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
             self.actor = Part("actor", "actor", actor_fit.TAUGHT_VERSION, c.seed, {**about, "actor": c.actor}, upstream)
             learned = {**learned, "actor": self.actor.key}
-        sections = {"select": c.select, "planner": c.planner, "imagine": c.imagine}
+        sections = {"select": c.select, "planner": c.planner.read_by_kind(), "imagine": c.imagine}
         self.imagine = Part("imagine", "imagine", IMAGINE_VERSION, c.seed, sections, learned)
         self._choice_is_wide = c.choose.without_imagination
         self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
@@ -163,8 +163,8 @@ class Parts:
 
     @property
     def candidates(self) -> list[str]:
-        """The variants whose policies are chosen from, the simplest first."""
-        offered = ("no_imagination", "ipd") if self._choice_is_wide else ("ipd",)
+        """The variants whose policies are chosen from; of those that cannot be told apart the first is kept."""
+        offered = ("ipd", "no_imagination") if self._choice_is_wide else ("ipd",)
         return [name for name in offered if name in self.distill]
 
     @property

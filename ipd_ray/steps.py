@@ -45,7 +45,7 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import imagined_returns, simplest_of_the_best
+from ipd_ray.evaluate.choose import behind_the_best, first_as_good, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
@@ -520,7 +520,10 @@ def run_choose(
     config: ChooseConfig,
     seed: int,
 ) -> None:
-    """Step 6: keep one of the policies that distillations left; distilled: artifacts by variant, the simplest first."""
+    """Step 6: keep one of the policies that distillations left.
+
+    distilled: artifacts by variant. In this order, and of each the last policy first, they are preferred.
+    """
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
     data, dynamics = log.load(), world_model_of(world_model, place.device)
@@ -531,20 +534,24 @@ def run_choose(
         for step, tensors in reversed(policies_of(artifact))
     ]
     found: list[dict[str, Any]] = []
+    earned: list[Floats] = []
     for i, (variant, artifact, step, tensors) in enumerate(policies):
         acting = Policy(artifact.described, tensors, place.device)
         returns, ended, halted = imagined_returns(
             acting, data, dynamics, config, uncertainty=uncertainty, threshold=threshold, range_margin=range_margin,
             seed=seed, device=place.device,
         )  # fmt: skip
+        earned.append(returns)
         found.append({
             "variant": variant, "step": step, "return_mean": float(returns.mean()), "ended": ended, "halted": halted,
             "return_sem": float(returns.std() / np.sqrt(len(returns))),
         })
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
-    means, errors = ([row[name] for row in found] for name in ("return_mean", "return_sem"))
-    variant, artifact, step, tensors = policies[simplest_of_the_best(means, errors, config.tolerance)]
+    lack, error = (x.tolist() for x in behind_the_best(np.stack(earned)))
+    for row, own, its_error in zip(found, lack, error, strict=True):
+        row.update(behind=own, behind_sem=its_error)
+    variant, artifact, step, tensors = policies[first_as_good(lack, error, config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

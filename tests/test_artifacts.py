@@ -27,7 +27,7 @@ from ipd_ray.artifacts import (
     stripped,
     tensor_digest,
 )
-from ipd_ray.config import ActorConfig, RunConfig, ValuesConfig, load
+from ipd_ray.config import ActorConfig, PlannerConfig, RunConfig, ValuesConfig, load
 from ipd_ray.data.transitions import Spec
 from ipd_ray.errors import UserError
 from ipd_ray.files import write_atomic
@@ -102,6 +102,25 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
 def test_an_actor_stands_between_the_world_model_and_its_imagination(word: str, changed: set[str]):
     before, after = (keys_of(load(overrides=["planner.kind=actor", *words])) for words in ((), (word,)))
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignored"),
+    [
+        ("actor", ["candidates=7", "noise_std=0.3", "temperature=1", "disagreement_penalty=1", "reach=0.1",
+                   "iterations=2", "precision=bfloat16"]),
+        ("gradient", ["candidates=7", "noise_std=0.3", "temperature=1"]),
+        ("mpc", ["reach=0.1", "iterations=2"]),
+        ("greedy_q", ["horizon=2", "temperature=1", "disagreement_penalty=1", "reach=0.1", "iterations=2"]),
+    ],
+)
+def test_what_a_kind_of_plans_does_not_read_makes_nothing_anew(kind: str, ignored: list[str]):
+    words = [f"planner.kind={kind}"]
+    before = keys_of(load(overrides=words))
+    assert before == keys_of(load(overrides=[*words, *(f"planner.{word}" for word in ignored)]))
+    for name in set(PlannerConfig.model_fields) - {word.partition("=")[0] for word in ignored} - {"kind"}:
+        value = {"precision": "bfloat16", "candidates": 7, "iterations": 2, "horizon": 2}.get(name, 0.5)
+        assert before != keys_of(load(overrides=[*words, f"planner.{name}={value}"])), name
 
 
 def test_what_an_actor_is_told_changes_no_other_plans():

@@ -51,7 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "v_prompt": {**PLAIN, "distill.prompt": "value"},
     "value_guided": {**LOG_ALONE, **LAST},
     "value_guided_chosen": LOG_ALONE,
-    "greedy_q": {"planner.kind": "greedy_q"},
+    "greedy_q": {**LAST, "planner.kind": "greedy_q"},
     "ipd_last": LAST,
     "ipd": {},
     "ipd_ranked": {"evaluate.candidates": 32},

@@ -68,9 +68,7 @@ def log_of(steps: int) -> Log:
 
 
 def sizes_of(log: Log) -> Sizes:
-    t = log.transitions
-    return Sizes(len(t), t.observation_dim, t.spec.action_dim, int(t.episode_length.max()), bool(t.terminal.any()),
-                 len(log.holdout_steps))  # fmt: skip
+    return Sizes.of(log.transitions, len(log.holdout_steps) / len(log.transitions))
 
 
 def values_of(log: Log, config: ValuesConfig, device: str) -> Any:

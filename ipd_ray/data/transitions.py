@@ -146,6 +146,17 @@ class Transitions:
         return np.diff(self.episode_start)
 
     @cached_property
+    def time_limit(self) -> int | None:
+        """Steps after which episodes are cut, as far as the log shows: the longest one's, unless it ended itself."""
+        longest = self.episode_length == self.episode_length.max()
+        cut = ~self.terminal[self.episode_start[1:] - 1]
+        return int(self.episode_length.max()) if (longest & cut).any() else None
+
+    def within_limit(self, steps: int) -> int:
+        """Return `steps`, or the time limit where that is less."""
+        return steps if self.time_limit is None else min(steps, self.time_limit)
+
+    @cached_property
     def episode(self) -> Ints:
         """(T,) index of each step's episode."""
         return np.repeat(np.arange(self.episodes), self.episode_length)
@@ -255,17 +266,9 @@ class Log:
         action = self.transitions.action[self.train_steps].astype(np.float64)
         return np.minimum(1.0, spread(action, np.ones(action.shape[1])) / np.float32(_WIDE))
 
-    @cached_property
-    def time_limit(self) -> int | None:
-        """Steps after which episodes are cut, as far as the log shows: the longest one's, unless it ended itself."""
-        t = self.transitions
-        longest = t.episode_length == t.episode_length.max()
-        cut = ~t.terminal[t.episode_start[1:] - 1]
-        return int(t.episode_length.max()) if (longest & cut).any() else None
-
     def within_limit(self, steps: int) -> int:
         """Return `steps`, or the time limit where that is less."""
-        return steps if self.time_limit is None else min(steps, self.time_limit)
+        return self.transitions.within_limit(steps)
 
     @cached_property
     def common_timestep(self) -> int:

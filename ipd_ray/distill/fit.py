@@ -31,7 +31,7 @@ from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 5
+VERSION = 6
 _STREAM = 66
 
 
@@ -288,7 +288,8 @@ class DistillTrainer:
         if self._critic is not None:
             last = batch.observation[:, -1]
             gain = self._critic(last, pi).amin(0) - self._critic(last, batch.action[:, -1]).amin(0)
-        sums = torch.stack([error.sum(), gain.sum(), torch.ones_like(error).sum()])
+        counted = batch.weight[:, -1] > 0
+        sums = torch.stack([(error * counted).sum(), (gain * counted).sum(), counted.sum().to(error.dtype)])
         squares, gained, count = self._reducer.sum(sums).tolist()
         out = {
             "imitation_rmse": math.sqrt(squares / count),

@@ -38,8 +38,9 @@ def loss_sums(
 ) -> Sums:
     """Return the sums that `IPD` (arXiv:2603.04289), step 5, is made of.
 
-    L = M[weight * mean over dims (a - pi)^2] - eta * M[Q_i(s, pi)] / scale, M the mean over the positions of the global
-    batch with weight > 0. critic: None without a value term. pair: (i, j), the critics that score and that scale.
+    L = sum(weight * mean over dims (a - pi)^2) / sum(weight) - eta * M[Q_i(s, pi)] / scale, over the positions of the
+    global batch with weight > 0, M their mean. critic: None without a value term. pair: (i, j), the critics that score
+    and that scale.
     """
     counted = weight_BK > 0
     imitation = (weight_BK * (pi_BKA - action_BKA).square().mean(-1)).sum()

@@ -1,6 +1,7 @@
 """Windows of the log and of spliced plans, in 64 slices that workers share out.
 
-Shapes: T steps of the log, P positions of spliced plans, M windows over them, K context, B windows.
+Shapes: T steps of the log, W positions and windows of it, P positions of spliced plans, M windows over them, K
+context, B windows.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Prompts:
 class Mixture:
     """How many windows there are to draw, and how many of a batch are over plans."""
 
-    steps: int
-    """T; each ends a window."""
+    log_windows: int
+    """W, over the log."""
     plan_windows: int
     """M"""
     imagined_steps: int = 0
@@ -69,9 +70,11 @@ def flatten(
 ) -> tuple[dict[str, Tensor], Mixture]:
     """Return the columns that windows are cut from, and how they mix.
 
-    Columns are `log.*` (T, ...), `plan.*` (P, ...) and `plan.end` (M,), the positions at which windows over imagined
-    steps end, in order. Every accepted segment is spliced onto its real past: the K - 1 steps of the log before its
-    start (fewer at an episode's beginning) are its context, timesteps count on, and only imagined steps are imitated.
+    Columns are `log.*` (W, ...), `plan.*` (P, ...) and `plan.end` (M,), the positions at which windows over imagined
+    steps end, in order. Windows of the log end at every position of it: its steps, and K - 1 positions of weight 0
+    behind each episode, so that every step lies in K windows, an episode's last ones too. Every accepted segment is
+    spliced onto its real past: the K - 1 steps of the log before its start (fewer at an episode's beginning) are its
+    context, timesteps count on, and only imagined steps are imitated.
 
     accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the
     imagined share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and
@@ -79,12 +82,21 @@ def flatten(
     """
     t = log.transitions
     plans = _splice(log, segments, np.flatnonzero(accepted), lengths, prompts, imagined_weight, context)
+    at = np.arange(len(t)) + t.episode * (context - 1)
+    log_windows = len(t) + t.episodes * (context - 1)
+
+    def padded(column: NDArray[np.float32]) -> NDArray[np.float32]:
+        rows = np.zeros((log_windows, *column.shape[1:]), np.float32)
+        rows[at] = column
+        return rows
+
+    begin = t.episode_start[:-1] + np.arange(t.episodes) * (context - 1)
     columns = {
-        "log.observation": t.observation,
-        "log.action": t.action,
-        "log.prompt": prompts.log,
-        "log.timestep": t.timestep.astype(np.int32),
-        "log.weight": weight,
+        "log.observation": padded(t.observation),
+        "log.action": padded(t.action),
+        "log.prompt": padded(prompts.log),
+        "log.timestep": (np.arange(log_windows) - np.repeat(begin, t.episode_length + context - 1)).astype(np.int32),
+        "log.weight": padded(weight),
         "plan.observation": plans.observation,
         "plan.action": plans.action,
         "plan.prompt": plans.prompt,
@@ -93,20 +105,20 @@ def flatten(
         "plan.end": plans.ends,
     }
     steps, ends, imagined = len(t), len(plans.ends), int((~plans.is_real).sum())
-    mixture = Mixture(steps, ends, imagined)
+    mixture = Mixture(log_windows, ends, imagined)
     if ends and config.imagined_ratio > 0:
         cap = config.reuse_cap * imagined
         ratio = min(config.imagined_ratio, pass_rate, cap / (steps + cap))
-        real = float(np.minimum(t.timestep + 1, context).mean())
+        real = context * steps / log_windows  # imitated in a window of the log, on average
         odds = ratio * real / max((1.0 - ratio) * imagined / ends, 1e-9)
         per_batch = min(config.batch_size - 1.0, config.batch_size * odds / (1.0 + odds))
-        mixture = Mixture(steps, ends, imagined, ratio, per_batch)
+        mixture = Mixture(log_windows, ends, imagined, ratio, per_batch)
     return {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in columns.items()}, mixture
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B windows of K positions, left-padded."""
+    """B windows of K positions, those before an episode's first step not valid, those after its last of weight 0."""
 
     prompt: Tensor
     observation: Tensor
@@ -114,7 +126,7 @@ class Batch:
     timestep: Tensor
     valid: Tensor
     weight: Tensor
-    """(B, K) imitation weight; 0 on padding and on the real past of a plan."""
+    """(B, K) imitation weight; 0 outside the episode and on the real past of a plan."""
     noise: Tensor | None = None
     """(B,) odd 32-bit number of each drawn window, by which its dropout differs from that of the others."""
 
@@ -122,8 +134,8 @@ class Batch:
 class Windows:
     """One worker's slices on the device: their positions, and those before them that windows look back on.
 
-    Slice k holds the steps from floor(k T / 64) up to ceil((k + 1) T / 64), so a step on the border lies in two. The
-    draw is uniform over steps all the same, however few: see `_draw`.
+    Slice k holds the positions from floor(k W / 64) up to ceil((k + 1) W / 64), so one on the border lies in two. The
+    draw is uniform over them all the same, however few: see `_draw`.
     """
 
     def __init__(
@@ -140,7 +152,7 @@ class Windows:
     ):
         self.mixture, self._batch_size, self._seed, self._device = mixture, batch_size, seed, device
         self._slices = rank * SLICES // world, (rank + 1) * SLICES // world
-        begin, end = self._held(mixture.steps)
+        begin, end = self._held(mixture.log_windows)
         log = slice(max(0, begin - context + 1), end)
         first, last = self._held(mixture.plan_windows)
         ends = columns["plan.end"][first:last]
@@ -152,7 +164,7 @@ class Windows:
         for kind, rows, into in (("log", log, self._rows[:behind]), ("plan", plan, self._rows[behind:])):
             wide, narrow = ([columns[f"{kind}.{n}"][rows].to(device) for n in names] for names in (_WIDE, _NARROW))
             torch.cat([*wide, *(column[:, None] for column in narrow)], 1, out=into)
-        self._first_step, self._first_plan = log.start, first
+        self._first, self._first_plan = log.start, first
         self.imagined_ends = ends + (behind - plan.start)
         """Where the windows over plans end, as `gather` takes it."""
         self._back = torch.arange(1 - context, 1, device=device)
@@ -163,8 +175,8 @@ class Windows:
         plans = int(self.mixture.imagined_per_batch + float(torch.rand((), generator=generator)))  # right on average
         noise = torch.randint(-(2**30), 2**30, (self._batch_size,), generator=generator, dtype=torch.int32) * 2 + 1
         of_log, of_plans = noise.split([self._batch_size - plans, plans])
-        mine, steps = self._draw(len(of_log), self.mixture.steps, generator)
-        ends, noise = steps - self._first_step, of_log[mine]
+        mine, positions = self._draw(len(of_log), self.mixture.log_windows, generator)
+        ends, noise = positions - self._first, of_log[mine]
         if plans:
             mine, windows = self._draw(plans, self.mixture.plan_windows, generator)
             ends = torch.cat([ends, self.imagined_ends[windows - self._first_plan]])
@@ -190,11 +202,11 @@ class Windows:
         )
 
     def spread(self, count: int) -> Tensor:
-        """Return this worker's part of about `count` steps of the log at equal distances, as `gather` takes them."""
-        steps = self.mixture.steps
-        ends = torch.arange(0, steps, max(1, steps // count))
-        owner = ends * SLICES // steps
-        return ends[(owner >= self._slices[0]) & (owner < self._slices[1])] - self._first_step
+        """Return this worker's part of about `count` windows of the log at equal distances, as `gather` takes them."""
+        windows = self.mixture.log_windows
+        ends = torch.arange(0, windows, max(1, windows // count))
+        owner = ends * SLICES // windows
+        return ends[(owner >= self._slices[0]) & (owner < self._slices[1])] - self._first
 
     @property
     def bytes(self) -> int:

@@ -15,7 +15,7 @@ from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 6
+VERSION = 7
 _STREAM = 77
 
 
@@ -33,13 +33,19 @@ def first_observations(log: Log, episodes: int) -> Floats:
     return log.transitions.observation[first[np.arange(episodes) * len(first) // episodes]]
 
 
-def simplest_of_the_best(mean: Sequence[float], sem: Sequence[float], tolerance: float) -> int:
-    """Index of the first candidate, simplest first, within `tolerance` standard errors of the best.
+def behind_the_best(returns_CN: Floats) -> tuple[Floats, Floats]:
+    """(C,) how much less candidates earn than the best of them, and its standard error, by pairs of episodes.
 
-    Breiman's one-standard-error rule: differences that the roll-outs cannot tell decide nothing.
+    returns_CN: of C candidates in N episodes that begin alike, with the same noise.
     """
-    best = max(range(len(mean)), key=lambda i: mean[i])
-    return next(i for i, m in enumerate(mean) if m >= mean[best] - tolerance * sem[best])
+    lack = returns_CN[returns_CN.mean(1).argmax()] - returns_CN
+    return lack.mean(1), lack.std(1) / np.sqrt(lack.shape[1])
+
+
+def first_as_good(lack: Sequence[float], error: Sequence[float], tolerance: float) -> int:
+    """Index of the first candidate that lacks at most `tolerance` standard errors (Breiman's rule): what roll-outs
+    cannot tell apart, their order decides."""
+    return next(i for i, (x, e) in enumerate(zip(lack, error, strict=True)) if x <= tolerance * e)
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from ipd_ray.world_model.termination import TerminationRule
 class Ensemble(nn.Module):
     """M networks of (s, a) -> Gaussian of (s' - s, r) in normalised units, and one of (s, s') -> termination logit.
 
-    Log-variances are softly bounded by two learned vectors (Chua et al. 2018, arXiv:1805.12114). Termination looks at
-    s', not at a: an environment ends an episode for where it has got to, and that boundary is the simpler function.
+    Log-variances are softly bounded by two learned vectors a member (Chua et al. 2018, arXiv:1805.12114). Termination
+    looks at s', not at a: an environment ends an episode for where it has got to, and that boundary is the simpler
+    function.
     """
 
     observation_mean: Tensor
@@ -37,12 +38,18 @@ class Ensemble(nn.Module):
             activation="silu",
         )
         self.termination_net = EnsembleMLP(1, 2 * observation_dim, 1, width=128, layers=2, activation="silu")
-        self.max_log_variance = nn.Parameter(torch.full((targets,), 0.5))
-        self.min_log_variance = nn.Parameter(torch.full((targets,), -10.0))
+        self.max_log_variance = nn.Parameter(torch.full((members, 1, targets), 0.5))
+        self.min_log_variance = nn.Parameter(torch.full((members, 1, targets), -10.0))
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("target_mean", torch.zeros(targets))
         self.register_buffer("target_std", torch.ones(targets))
+
+    @property
+    def of_members(self) -> dict[str, Tensor]:
+        """The state that members have of their own, (M, ...) each, by name; termination is one network's."""
+        own = ("net.", "max_log_variance", "min_log_variance")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(own)}
 
     def normalise(self, observation: Tensor) -> Tensor:
         """Return observations in units of the log's spread."""

@@ -22,7 +22,7 @@ from ipd_ray.world_model.ensemble import Ensemble, WorldModel
 from ipd_ray.world_model.termination import resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
-VERSION = 4
+VERSION = 5
 _BLOCK = 250
 _STREAM = 22
 _HOLDOUT_ROWS = 20_000
@@ -80,7 +80,7 @@ class WorldModelTrainer:
             fused=True,
         )
         make_capturable(self._optimizer, device)
-        self.best = {name: value.detach().clone() for name, value in self.model.net.state_dict().items()}
+        self.best = {name: value.clone() for name, value in self.model.of_members.items()}
         self.best_error = torch.full((config.members,), float("inf"), device=device)
         self.stale = 0
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
@@ -121,7 +121,7 @@ class WorldModelTrainer:
             nll = square * torch.exp(-log_variance) + log_variance
             weighted = (nll * torch.exp(config.variance_power * log_variance.detach())).mean((1, 2)).sum()
             bounds = self.model.max_log_variance.sum() - self.model.min_log_variance.sum()
-            loss = weighted + 0.01 * bounds
+            loss = weighted + 0.01 / config.members * bounds
             if self._learn_termination:
                 loss = loss + self._termination_loss()
         self._optimizer.zero_grad(set_to_none=True)
@@ -142,7 +142,7 @@ class WorldModelTrainer:
     def _look(self) -> None:
         errors = self.holdout_error()
         better = errors < _IMPROVEMENT * self.best_error
-        for name, value in self.model.net.state_dict().items():
+        for name, value in self.model.of_members.items():
             self.best[name][better] = value[better]
         self.best_error = torch.where(better, errors, self.best_error)
         self.stale = 0 if bool(better.any()) else self.stale + 1
@@ -177,9 +177,7 @@ class WorldModelTrainer:
         """Return the ensemble of the best members, each at its best weights."""
         keep = torch.argsort(self.best_error)[: config.elites].sort().values
         model = Ensemble(config.elites, self.model.observation_dim, self._split[0] - self.model.observation_dim, config)
-        state = {name: value for name, value in self.model.state_dict().items() if not name.startswith("net.")}
-        state.update({f"net.{name}": value[keep] for name, value in self.best.items()})
-        model.load_state_dict(state)
+        model.load_state_dict({**self.model.state_dict(), **{name: best[keep] for name, best in self.best.items()}})
         return model.to(self._device)
 
 
@@ -263,7 +261,7 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
     ensemble = model.ensemble
     mean, std = ensemble.target_mean.cpu().numpy(), ensemble.target_std.cpu().numpy()
     target, varies = _targets(log), std > 0
-    lowest = ensemble.min_log_variance[ensemble.target_std > 0]
+    lowest = ensemble.min_log_variance[..., ensemble.target_std > 0]
     predicted, floor, done = [], [], []
     for rows in np.array_split(held, max(1, len(held) // 4096)):
         s, a = (torch.from_numpy(c[rows]).to(device) for c in (t.observation, t.action))

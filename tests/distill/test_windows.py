@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from inspect import signature
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ipd_ray.distill.fit import Corpus, Material, imagined_advantage, imagined_o
 from ipd_ray.distill.windows import Batch, Prompts, Windows, flatten
 from ipd_ray.steps import _raw_outcome, raw_return_to_go
 
-LOG = counting_log([6, 4])  # steps 0-5 and 6-9
+LOG = counting_log([6, 4])  # steps 0-5 and 6-9, in windows of 4 at positions 0-5 and 9-12
 
 
 def imagined(index: list[int], length: int, log: Log = LOG) -> Segments:
@@ -52,15 +52,34 @@ def windows(
     )
 
 
-def test_padding_stands_only_before_an_episode_begins():
+def test_what_lies_before_an_episode_is_not_valid():
     w = windows(imagined([2], 3), [3])
-    batch = w.gather(torch.tensor([0, 2, 3, 6, 8]))
+    batch = w.gather(torch.tensor([0, 2, 3, 9, 11]))
     assert batch.observation[..., 0].tolist() == [[0, 0, 0, 0], [0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 6], [0, 6, 7, 8]]
     F, T = False, True
     assert batch.valid.tolist() == [[F, F, F, T], [F, T, T, T], [T, T, T, T], [F, F, F, T], [F, T, T, T]]
     assert batch.timestep.tolist() == [[0, 0, 0, 0], [0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 0], [0, 0, 1, 2]]
     assert torch.equal(batch.weight, batch.valid.float())
     assert batch.prompt[0].tolist() == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_what_lies_behind_an_episode_is_not_imitated():
+    # Windows may end up to three positions behind the last step, so that it lies in four of them, as all steps do.
+    w = windows(imagined([2], 3), [3])
+    batch = w.gather(torch.tensor([6, 8, 15]))
+    assert batch.observation[..., 0].tolist() == [[3, 4, 5, 0], [5, 0, 0, 0], [9, 0, 0, 0]]
+    assert batch.weight.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    assert batch.timestep.tolist() == [[3, 4, 5, 6], [5, 6, 7, 8], [3, 4, 5, 6]]
+    assert batch.valid.all()
+
+
+@pytest.mark.parametrize("context", [1, 2, 4, 20])
+def test_every_step_of_the_log_lies_in_as_many_windows_as_positions(context: int):
+    w = windows(imagined([2], 3), [3], context=context)
+    assert w.mixture.log_windows == 10 + 2 * (context - 1)
+    batch = w.gather(torch.arange(w.mixture.log_windows))
+    counted = Counter(batch.observation[..., 0][batch.weight > 0].tolist())
+    assert counted == {step: context for step in range(10)}
 
 
 def test_a_plan_is_spliced_onto_its_real_past():
@@ -145,7 +164,7 @@ def test_weights_are_those_given():
     weight = np.arange(10, dtype=np.float32) / 4.5
     plan_weight = np.array([[0.5, 2.0, 3.0]], np.float32)
     w = windows(imagined([2], 3), [2], weight=weight, plan_weight=plan_weight)
-    assert w.gather(torch.tensor([3, 8])).weight.tolist() == [weight[0:4].tolist(), [0.0, *weight[6:9].tolist()]]
+    assert w.gather(torch.tensor([3, 11])).weight.tolist() == [weight[0:4].tolist(), [0.0, *weight[6:9].tolist()]]
     assert w.gather(w.imagined_ends).weight.tolist() == [[0.0, 0.0, 0.5, 2.0]]
     assert w.mixture.imagined_steps == 2
 
@@ -170,7 +189,7 @@ MANY_LENGTHS = [1 + i % 6 for i in range(40)]
 
 def drawn(batch: Batch) -> Counter[Any]:
     """Everything that a batch holds, window by window."""
-    columns = (batch.observation, batch.action, batch.prompt, batch.timestep, batch.valid, batch.weight, batch.noise)
+    columns = [c for f in fields(batch) if (c := getattr(batch, f.name)) is not None]
     return Counter(tuple(tuple(c[i].flatten().tolist()) for c in columns) for i in range(len(batch.weight)))
 
 
@@ -193,17 +212,20 @@ def test_the_global_batch_is_the_same_whatever_the_number_of_workers(world: int,
 
 @pytest.mark.parametrize("log", [LOG, LONG, counting_log([1, 2])], ids=["10 steps", "207 steps", "3 steps"])
 @pytest.mark.parametrize("batch_size", [16, 100])
-def test_every_step_is_drawn_as_often_as_any_other(log: Log, batch_size: int):
-    # 10 and 207 steps fall unevenly into 64 slices: to draw alike from each slice would be off by half.
-    T = len(log.transitions)
+def test_every_window_of_the_log_is_drawn_as_often_as_any_other(log: Log, batch_size: int):
+    # So few windows fall unevenly into 64 slices: to draw alike from each slice would be off by half.
     w = windows(imagined([1], 2, log), [2], log=log, batch_size=batch_size, imagined_ratio=0.0)
-    updates = 300 * T // batch_size
-    count = np.zeros(T)
+    W = w.mixture.log_windows
+    place = {window: i for i, window in enumerate(drawn(w.gather(torch.arange(W))))}
+    assert len(place) == W
+    updates = 300 * W // batch_size
+    count = np.zeros(W)
     for step in range(updates):
-        np.add.at(count, w.draw(step).observation[:, -1, 0].long().numpy(), 1)
-    expected = updates * batch_size / T
-    # Stratified, so the spread is at most that of independent draws; chi-square of T - 1 degrees, five deviations.
-    assert ((count - expected) ** 2 / expected).sum() < T - 1 + 5 * np.sqrt(2 * T)
+        for window, times in drawn(replace(w.draw(step), noise=None)).items():
+            count[place[window]] += times
+    expected = updates * batch_size / W
+    # Stratified, so the spread is at most that of independent draws; chi-square of W - 1 degrees, five deviations.
+    assert ((count - expected) ** 2 / expected).sum() < W - 1 + 5 * np.sqrt(2 * W)
     assert count.sum() == updates * batch_size
 
 
@@ -221,7 +243,7 @@ def test_every_window_over_plans_is_drawn_as_often_as_any_other():
 def test_each_slice_has_its_share_of_every_batch():
     # 128 real windows: two of each slice, so that of 6400 steps each hundred ends two.
     log = counting_log([64, 6336])
-    w = windows(imagined([1], 2, log), [2], log=log, batch_size=128, imagined_ratio=0.0)
+    w = windows(imagined([1], 2, log), [2], log=log, batch_size=128, imagined_ratio=0.0, context=1)
     for step in range(5):
         slices = w.draw(step).observation[:, -1, 0].long() // 100
         assert slices.bincount(minlength=64).tolist() == [2] * 64
@@ -268,10 +290,11 @@ def test_a_slice_of_a_file_is_that_of_memory(tmp_path: Path):
 @pytest.mark.parametrize("world", [1, 2, 3, 64])
 def test_steps_spread_over_the_log_are_shared_out(world: int):
     every: list[float] = []
+    whole = windows(MANY, MANY_LENGTHS, log=LONG)
     for rank in range(world):
         w = windows(MANY, MANY_LENGTHS, log=LONG, rank=rank, world=world)
         every += w.gather(w.spread(50)).observation[:, -1, 0].tolist()
-    assert every == list(range(0, 207, 4))
+    assert every == whole.gather(torch.arange(0, 219, 4)).observation[:, -1, 0].tolist()
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -315,9 +338,7 @@ def test_raw_return_to_go_by_hand():
 
 def raw_outcome(segments: Segments, lengths: list[int]) -> list[float]:
     """The raw return-to-go that prompt=fixed shows for the kept steps of one segment."""
-    knows_lengths = "lengths" in signature(_raw_outcome).parameters
-    out = _raw_outcome(LOG, segments, *([np.array(lengths)] if knows_lengths else []))
-    return out[0, : lengths[0]].tolist()
+    return _raw_outcome(LOG, segments, np.array(lengths))[0, : lengths[0]].tolist()
 
 
 def test_the_raw_outcome_of_a_whole_plan_by_hand():

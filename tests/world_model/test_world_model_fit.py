@@ -196,14 +196,16 @@ def trainer(members: int = 3, elites: int = 2) -> WorldModelTrainer:
 
 
 def fill(model: Any, values: Sequence[float]) -> None:
-    """Set all weights of member i to values[i]."""
-    with torch.no_grad():
-        for parameter in model.net.parameters():
-            parameter.copy_(torch.tensor(values).reshape(-1, *[1] * (parameter.ndim - 1)).expand_as(parameter))
+    """Set all weights and bounds of member i to values[i]."""
+    for state in model.of_members.values():
+        state.copy_(torch.tensor(values).reshape(-1, *[1] * (state.ndim - 1)).expand_as(state))
 
 
 def member_values(state: dict[str, Tensor]) -> list[float]:
-    return next(iter(state.values())).flatten(1)[:, 0].tolist()
+    """What all weights and bounds of each member are."""
+    every = torch.cat([value.flatten(1) for value in state.values()], 1)
+    assert (every == every[:, :1]).all()
+    return every[:, 0].tolist()
 
 
 def test_each_member_keeps_the_weights_of_its_own_best_look(monkeypatch: pytest.MonkeyPatch):
@@ -226,10 +228,10 @@ def test_each_member_keeps_the_weights_of_its_own_best_look(monkeypatch: pytest.
 def test_the_elites_are_the_members_of_least_error_at_their_best():
     t = trainer()
     fill(t.model, [1.0, 2.0, 3.0])
-    t.best = {name: value.clone() for name, value in t.model.net.state_dict().items()}
+    t.best = {name: value.clone() for name, value in t.model.of_members.items()}
     fill(t.model, [9.0, 9.0, 9.0])
     t.best_error = torch.tensor([0.2, 0.9, 0.1])
-    assert member_values(t.elites(t._config).net.state_dict()) == [1.0, 3.0]
+    assert member_values(t.elites(t._config).of_members) == [1.0, 3.0]
 
 
 def test_members_see_different_steps():
