@@ -265,14 +265,12 @@ def _gain(found: Difference) -> Verdict:
 
 
 def _no_loss(scores: Scores) -> Verdict:
-    goal = f"{METHOD} on no dataset more than {GOAL_SHORTFALL:g} points below any rung or peer"
+    goal = f"{METHOD} on no dataset more than {GOAL_SHORTFALL:g} points below any rung or peer, by pairs"
     gaps, absent = {}, 0
-    for dataset in scores.datasets:
-        own = scores.mean(METHOD, dataset)
-        for other in scores.methods:
-            if other != METHOD and (mean := scores.mean(other, dataset)) is not None and own is not None:
-                gaps[other, dataset] = own - mean
-            absent += other != METHOD and (mean is None or own is None)
+    for other in (method for method in scores.methods if method != METHOD):
+        pairs = difference(scores, METHOD, other).gaps
+        gaps.update({(other, dataset): fmean(by_seed.values()) for dataset, by_seed in pairs.items()})
+        absent += len(scores.datasets) - len(pairs)
     if not gaps:
         return Verdict(goal, None, "nothing to compare is there")
     (other, dataset), worst = min(gaps.items(), key=lambda item: item[1])

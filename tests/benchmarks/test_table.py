@@ -129,6 +129,15 @@ def test_goals_are_open_while_something_is_missing(root: Path) -> None:
     assert words(root) == ["open", "met", "not met"]  # d3rlpy-cql is 34 points better on a, whatever else is missing
 
 
+def test_a_set_is_lost_by_pairs_alone(tmp_path: Path) -> None:
+    # Means over other seeds are equal; on the seed that both have, the method is 10 points behind.
+    for method, scores in {"ipd": {0: 60.0, 1: 40.0}, "ipd_last": {1: 50.0}}.items():
+        for seed, score in scores.items():
+            put(tmp_path, "a", method, seed, score)
+    lost = table.verdicts(scores_of(tmp_path))[-1]
+    assert lost.met is False and "-10.00 against ipd_last on a" in lost.figures
+
+
 def full(root: Path, gaps: dict[str, tuple[float, float]], spread: float = 1.0) -> None:
     """All rungs and peers on two sets and two seeds; the method has 50, the others 50 minus the gap on each set."""
     for method in [*table.RUNGS, *table.PEERS]:
