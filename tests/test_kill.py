@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 
+from ipd_ray.api import plan
 from ipd_ray.artifacts import Artifact, read_jsonl
+from ipd_ray.config import load
 
 SLOW = [  # enough of every step to be killed in its middle
     *SETTINGS, "values.updates=600", "world_model.max_updates=300", "select.starts=60", "imagine.shard_size=2",
@@ -103,3 +105,27 @@ def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
         time.sleep(0.05)
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
     assert not (place / run / "mine" / "lease.json").exists()
+
+
+def test_shard_that_fails_three_times_is_set_aside_and_tried_again_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where shard 1 is to be written lies a folder: the others are made, the exit code is 3. On Ray: test_pool.py."""
+    write_log(tmp_path / "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    folder = tmp_path / "runs" / "mine"
+    planned = plan(LOG, load(overrides=SETTINGS), run_dir=folder, until="imagine")
+    key = next(row["key"] for row in planned["steps"] if row["step"] == "imagine")
+    blocked = tmp_path / "runs" / "store" / "imagine" / key / "shard-00001.parquet"
+    blocked.mkdir(parents=True)
+    said = []
+    for code in (3, 0):
+        process = ipd_ray("imagine", LOG, *SETTINGS, "--run-dir", str(folder), cwd=tmp_path)
+        said.append(process.communicate(timeout=120)[1])
+        assert process.returncode == code, said
+        if code:
+            assert len(list(blocked.parent.glob("shard-*.json"))) == 2
+            blocked.rmdir()
+    assert "imagine: 1 of 3 shards failed three times and were set aside" in said[0]
+    assert "shard 1:" in said[0] and "IsADirectoryError" in said[0] and "in write_shard" in said[0]
+    assert "imagine: 2 of 3 shards are there already" in said[1]

@@ -13,9 +13,6 @@ import drill
 import pytest
 from nodes import Nodes, driver_environment
 
-from ipd_ray.api import plan
-from ipd_ray.config import load
-
 pytestmark = pytest.mark.ray
 SHORT = (*drill.SETTINGS, "select.starts=96", "values.updates=100", "world_model.max_updates=50")
 
@@ -55,29 +52,6 @@ def test_round_of_the_drill_ends_in_the_same_policy(nodes: Nodes, root: Path):
     found = drill.round_(nodes, root, 0)
     assert found["same"] == dict.fromkeys(("dataset", "shards", "steps", "losses", "policy"), True)
     assert not found["missed"] and len(found["killed"]) == 4
-
-
-def test_shard_that_fails_three_times_is_set_aside_and_tried_again_by_the_next_run(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """From the command line. Where shard 2 is to be written lies a folder: the others are made, the exit code is 3."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    settings = [*SHORT, "select.starts=24", "planner.candidates=8"]
-    run = drill.Run(tmp_path / "run", "imagine", [*settings, "runtime.engine=ray", f"runtime.address={ray_cluster}"])
-    planned = plan("demo", load(None, None, settings), run_dir=run.folder / "runs" / "mine", until="imagine")
-    key = next(row["key"] for row in planned["steps"] if row["step"] == "imagine")
-    blocked = run.folder / "runs" / "store" / "imagine" / key / "shard-00002.parquet"
-    blocked.mkdir(parents=True)
-    run.start()
-    with pytest.raises(RuntimeError, match="ended with 3"):
-        drill.wait(run, lambda: None)
-    assert "imagine: 1 of 6 shards failed three times and were set aside" in run.said
-    assert "shard 2:" in run.said and "IsADirectoryError" in run.said and "in write_shard" in run.said
-    assert len(list(blocked.parent.glob("shard-*.json"))) == 5
-    blocked.rmdir()
-    run.start()
-    drill.wait(run, lambda: None)
-    assert "imagine: 5 of 6 shards are there already" in run.said
 
 
 @pytest.mark.slow

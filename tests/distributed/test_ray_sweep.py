@@ -109,21 +109,12 @@ def test_the_same_question_again_goes_on_and_another_one_is_refused(done: tuple[
     assert [again[k] for k in ("points", "ranking", "best")] == [answer[k] for k in ("points", "ranking", "best")]
 
 
-def test_a_store_beside_the_driver_is_the_trials_store(
+def test_trials_read_the_converted_log_of_a_store_beside_the_driver(
     done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The cluster's workers have another current folder."""
+    """The cluster's workers have another current folder. On their nodes there may be no other log: here it is gone when
+    the first one begins."""
     monkeypatch.chdir(done[0].parent)
-    question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
-    answer = swept(question, tmp_path / "sweep", runtime__store="store")
-    assert answer["failed"] == {} and made(tmp_path / "sweep") == Counter()
-    assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
-
-
-def test_trials_read_the_converted_log_of_the_store(
-    done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """On their nodes there may be no other: here it is gone when the first one begins."""
     root = tmp_path / "minari"
     write_log(root)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
@@ -133,9 +124,10 @@ def test_trials_read_the_converted_log_of_the_store(
             shutil.rmtree(root, ignore_errors=True)
 
     question = Question(space={"distill.eta": (0.5,)}, seeds=1, finalists=0)
-    store = str(done[0].parent / "store")
-    answer = swept(question, tmp_path / "sweep", listener=Gone, runtime__store=store)
+    answer = swept(question, tmp_path / "sweep", listener=Gone, runtime__store="store")
     assert not root.exists() and answer["failed"] == {} and answer["ranking"] == [0]
+    assert made(tmp_path / "sweep") == Counter()
+    assert load(path=tmp_path / "sweep" / "best.yaml").runtime.store == str(done[0].parent / "store")
 
 
 def test_a_mistake_about_the_cluster_blocks_no_corrected_command(tmp_path: Path):
@@ -186,13 +178,13 @@ def test_without_an_environment_the_measures_that_are_taken_instead_are_looked_a
         _decided(Question(**asked), build({}), log)
 
 
-def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):
+def test_a_failed_trial_stops_no_other_and_is_tried_again(done: tuple[Path, dict[str, Any]], tmp_path: Path):
     question = Question(
         space={"evaluate.environment": ("ipd_ray.testing:broken_pendulum", "Pendulum-v1")}, seeds=1, finalists=0
     )
     kept: list[int] = []
     for _ in range(2):
-        answer = swept(question, tmp_path / "sweep")
+        answer = swept(question, tmp_path / "sweep", runtime__store=str(done[0].parent / "store"))
         assert list(answer["failed"]) == ["000-seed0"] and "the motor is gone" in answer["failed"]["000-seed0"]
         assert answer["ranking"] == [1]
         failed, whole = Sweep(tmp_path / "sweep").records()
@@ -204,18 +196,19 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(tmp_path: Path):
     assert "Failed trials" in page and "the motor is gone" in page
 
 
-def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(tmp_path: Path):
+def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(done: tuple[Path, dict[str, Any]], tmp_path: Path):
     """A later trial that is worse than the first at a quarter of its updates goes no further: here the one that learns,
     since the log is of random torques and doing nothing is better."""
     question = Question(
         space={"distill.learning_rate": (1e-9, 1e-3)}, seeds=1, concurrency=1, scheduler="asha", finalists=0
     )
-    swept(question, tmp_path / "sweep", distill__updates=3000, evaluate__episodes=4)
+    store = done[0].parent / "store"
+    swept(question, tmp_path / "sweep", distill__updates=3000, evaluate__episodes=4, runtime__store=str(store))
     first, second = Sweep(tmp_path / "sweep").records()
     states = {r["trial"]: r["state"] for r in (first, second)}
     assert first["state"] == "done" and len(first["rungs"]) == 3, states
     assert second["state"] == "stopped" and second["rungs"][0][0] == 750, states  # a log line
-    distilled = (tmp_path / "store" / "distill").iterdir()
+    distilled = (store / "distill").iterdir()
     [begun] = [folder for folder in distilled if not (folder / "artifact.json").exists()]
     rows = [json.loads(line) for line in (begun / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] < 3000
