@@ -146,6 +146,15 @@ class Transitions:
         return np.diff(self.episode_start)
 
     @cached_property
+    def original(self) -> Ints:
+        """(E,) the first episode of the same observations, actions and rewards; its own index where it is no copy."""
+        seen: dict[bytes, int] = {}
+        columns = self.observation, self.action, self.reward
+        cuts = zip(self.episode_start[:-1], self.episode_start[1:], strict=True)
+        parts = (b"".join(column[a:b].tobytes() for column in columns) for a, b in cuts)
+        return np.array([seen.setdefault(hashlib.sha256(part).digest(), i) for i, part in enumerate(parts)])
+
+    @cached_property
     def time_limit(self) -> int | None:
         """Steps after which episodes are cut, as far as the log shows: the longest one's, unless it ended itself."""
         longest = self.episode_length == self.episode_length.max()
@@ -397,6 +406,11 @@ def log_remarks(transitions: Transitions) -> list[str]:
             f"entry {entry} of the observation, of size {size[entry]:.3g}, varies no more than float32 rounds it and "
             "counts as constant: if it means something, subtract its first value before logging."
         )
+    if copies := int((t.original != np.arange(t.episodes)).sum()):
+        out.append(
+            f"{copies} of {t.episodes} episodes are exact copies of others: they weigh as often as they are there, and "
+            "are held out, or learned from, together."
+        )
     first = float(t.reward[0])
     if (t.reward == t.reward[0]).all() and (first == 0.0 or not t.terminal.any()):
         out.append(f"every reward is {first:g}: nothing tells a good action from a bad one.")
@@ -423,22 +437,27 @@ def fitting_discount(transitions: Transitions) -> float:
 
 
 def prepare(transitions: Transitions, config: DataConfig, seed: int) -> Log:
-    """Fix discount, reward transform and held-out episodes of a log; one that terminates is trained on, if any."""
-    count = max(1, round(config.holdout_fraction * transitions.episodes))
-    if transitions.episodes < 2:
+    """Fix discount, reward transform and held-out episodes of a log; one that terminates is trained on, if any.
+
+    Copies of an episode are held out together: what was learned from tells nothing of what was not.
+    """
+    originals, which = np.unique(transitions.original, return_inverse=True)
+    count = max(1, round(config.holdout_fraction * len(originals)))
+    if len(originals) < 2:
+        copies = f", {transitions.episodes} times" if transitions.episodes > 1 else ""
         raise UserError(
-            f"dataset {transitions.spec.dataset}: {transitions.episodes} episode, but one is held out for the "
+            f"dataset {transitions.spec.dataset}: {len(originals)} episode{copies}, but one is held out for the "
             "diagnostics and one at least is trained on: log at least 2 episodes."
         )
-    order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(transitions.episodes)
-    if transitions.episode_length[order[:count]].sum() > len(transitions) // 2:  # of few, the long ones were drawn
-        order = np.argsort(transitions.episode_length, kind="stable")
-    ends = transitions.terminal[transitions.episode_start[1:] - 1][order]
+    steps = np.bincount(which, weights=transitions.episode_length)
+    order = np.random.default_rng(np.random.SeedSequence([seed, 1])).permutation(len(originals))
+    if steps[order[:count]].sum() > len(transitions) // 2:  # of few, the long ones were drawn
+        order = np.argsort(steps, kind="stable")
+    ends = transitions.terminal[transitions.episode_start[1:] - 1][originals][order]
     if ends.any() and not ends[count:].any():  # then what a termination is could not be learned
         first = int(np.flatnonzero(ends)[0])
         order[[first, count]] = order[[count, first]]
-    holdout = np.zeros(transitions.episodes, bool)
-    holdout[order[:count]] = True
+    holdout = np.isin(which, order[:count])
     discount = fitting_discount(transitions) if config.discount == "auto" else config.discount
     return Log(transitions, discount, reward_scale(transitions, config.reward_transform), holdout)
 

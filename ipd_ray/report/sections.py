@@ -134,6 +134,15 @@ def _returns_section(view: View) -> str:
     return panels_of(panels, wide=True) + "".join(map(remark, said))
 
 
+def _own_estimate(d: Mapping[str, Any]) -> str:
+    """How much of the returns that V is held against V itself has said."""
+    share = number(d, "mc_bootstrap")
+    if share is None or share < 0.005:
+        return ""
+    test = ", so the two can hardly differ" if share > 0.5 else ""
+    return f"V of where the episode was cut is a part of the return, weighed {share:.0%} on average{test}. "
+
+
 def _values_section(view: View) -> str:
     d = view.diagnostics("values")
     if not d:
@@ -152,8 +161,8 @@ def _values_section(view: View) -> str:
                     diagonal="V = return",
                     alt="Scatter of value against return",
                 ),
-                f"{len(pair[0]):,} of {readable(number(d, 'mc_rows'))} held-out steps whose return is mostly "
-                "observed. Under the diagonal: V promises more than came.",
+                f"{len(pair[0]):,} of {readable(number(d, 'mc_rows'))} held-out steps. {_own_estimate(d)}"
+                "Under the diagonal: V promises more than came.",
             )
         )
     ranks = {

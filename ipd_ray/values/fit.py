@@ -231,7 +231,8 @@ def generalised_advantage(
 def diagnose(model: ValueFunctions, log: Log, device: str) -> dict[str, Any]:
     """Show that the values learned: against returns of held-out episodes, and against trivial predictors.
 
-    Rows whose return is mostly bootstrap are left out; `mc_rows` says how many remain.
+    Rows whose return is mostly bootstrap are left out, where enough remain; `mc_rows` says how many do, and
+    `mc_bootstrap` how much of their returns is V's own estimate of what follows a cut, on average.
     """
     t = log.transitions
     held, trained = log.holdout_steps, log.train_steps
@@ -252,6 +253,7 @@ def diagnose(model: ValueFunctions, log: Log, device: str) -> dict[str, Any]:
     sample = np.random.default_rng(0).choice(len(v), min(len(v), 2000), replace=False)
     return {
         "mc_rows": len(rows),
+        "mc_bootstrap": float(weight[rows].mean()),
         "rank_correlation": rank_correlation(v, g),
         "rank_correlation_q": rank_correlation(q, g),
         "rank_correlation_linear": rank_correlation(linear, g),

@@ -18,6 +18,7 @@ from ipd_ray.data.transitions import (
     Transitions,
     check,
     fitting_discount,
+    log_remarks,
     prepare,
     reward_scale,
     spread,
@@ -254,6 +255,37 @@ def test_an_episode_that_terminates_is_trained_on(seed: int):
     )
     held = prepare(log, DataConfig(holdout_fraction=0.5), seed).holdout_episode
     assert held.sum() == 2 and not held[2]
+
+
+def copied(*sources: int) -> Transitions:
+    """Episodes of three steps, each a copy of the source with its number."""
+    x = np.add.outer(np.asarray(sources, np.float32), np.arange(3, dtype=np.float32)).reshape(-1, 1)
+    return Transitions(
+        observation=x, action=x / 100, reward=x[:, 0], next_observation=x + 1, terminal=np.zeros(len(x), bool),
+        episode_start=np.arange(len(sources) + 1) * 3, spec=SPEC,
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copies_of_an_episode_are_held_out_together(seed: int):
+    log = copied(10, 20, 30, 10, 20, 30, 40, 10)
+    assert log.original.tolist() == [0, 1, 2, 0, 1, 2, 6, 0]
+    held = prepare(log, DataConfig(holdout_fraction=0.5), seed).holdout_episode
+    assert 0 < held.sum() < 8
+    assert not set(log.original[held]) & set(log.original[~held])
+    assert any("4 of 8 episodes are exact copies" in said for said in log_remarks(log))
+    with pytest.raises(UserError, match="1 episode, 3 times, but one is held out"):
+        prepare(copied(10, 10, 10), DataConfig(), seed)
+
+
+def test_what_differs_anywhere_is_no_copy():
+    log = copied(10, 10, 10)
+    for column in ("observation", "action", "reward"):
+        changed = getattr(log, column).copy()
+        changed[5] += 1e-3
+        assert replace(log, **{column: changed}).original.tolist() == [0, 1, 0]
+    longer = replace(log, episode_start=np.array([0, 3, 5, 9]))
+    assert longer.original.tolist() == [0, 1, 2]
 
 
 def test_check_passes_a_good_log():
