@@ -42,6 +42,8 @@ ROOT = HERE.parents[1]
 METHOD = "ipd"
 COMPARED = ("value_guided", "value_guided_chosen", "ipd_last", "greedy_q", "bc")
 """What the method is compared with, before the best peer."""
+SHORT = ("bc", "dt", "value_guided", "greedy_q", "ipd_last")
+"""Of README's table, with the best peer and the method."""
 GOAL_AGAINST = "value_guided"
 """The rung that a goal names, beside the best peer: all of the method but imagination."""
 GOAL_POINTS, GOAL_SHORTFALL = 5.0, 3.0
@@ -641,11 +643,21 @@ def _config_value(scores: Scores, method: str, field: str) -> str:
 # ---- pages
 
 
+SETS = (
+    ("bench/hopper/mixed-v0", "Hopper-v5", "868", "200,923",
+     "published SAC and TQC actors, Gaussian noise of a scale drawn an episode, a tenth uniform random"),
+    ("bench/hopper/medium-v0", "Hopper-v5", "458", "200,563", "a published SAC actor, sampled"),
+    ("bench/halfcheetah/medium-replay-v0", "HalfCheetah-v5", "250", "250,000",
+     "replay of one SAC run from scratch to the medium level"),
+    ("bench/pendulum/medium-v0", "Pendulum-v1", "50", "10,000", "a medium SAC agent, references (-1200, -150)"),
+    ("bench/pendulum/replay-v0", "Pendulum-v1", "500", "99,500", "an online agent's replay, no headroom"),
+    ("unseen/*", "", "", "", "made on the spot by `benchmarks/scores/unseen.py`"),
+)
 READING = f"""\
 **How to read this.** A score is normalised as D4RL does it: 100 x (return - low) / (high - low), with the two
 references of the dataset (they stand below the raw returns). 0 is about a random policy, 100 about an expert. Each
 number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or,
-of `ipd` and `value_guided_chosen`, the simplest that does as well as the best inside the world model, without a look
+of `ipd` and `value_guided_chosen`, the first that does as well as the best inside the world model, without a look
 at these scores; every seed's own number stands small below it, a dash where that seed has not run. The best
 checkpoint, in parentheses, is picked by the very scores it reports, so it flatters and is there for comparison only.
 In bold: the highest of a column, which says nothing about chance. "{MISSING}" is a run that is not there: nothing is
@@ -727,6 +739,8 @@ def page_blocks(tiers: Sequence[Scores], pictures: Mapping[str, Mapping[str, str
         "Written by `python benchmarks/scores/table.py --write` from `benchmarks/scores/results/`, never by hand; "
         "`benchmarks/scores/run.py` makes the results. A tier is a set of sizes that makes numbers comparable: compare "
         "within a tier only. The `bench/` datasets are not D4RL's files: published tables do not compare with these.",
+        Table(["dataset", "environment", "episodes", "steps", "origin"], [[(c, "") for c in row] for row in SETS]),
+        "They are published nowhere; `--datasets` takes any Minari id, `--d4rl` D4RL's own files.",
         READING,
     ]
     about = [[(f"`{name}`", ""), (text, "")] for name, text in {**RUNGS, **PEERS}.items()]
@@ -739,20 +753,19 @@ def page_blocks(tiers: Sequence[Scores], pictures: Mapping[str, Mapping[str, str
 
 
 def readme_blocks(tiers: Sequence[Scores]) -> list[Block]:
-    """The short form: scores and goals, of the methods that ran."""
+    """The short form: the log, the best peer, the rungs that tell parts apart, and goals."""
     blocks: list[Block] = []
     for scores in tiers:
-        ran = [m for m in scores.methods if scores.covered(m)]
-        absent = [m for m in scores.methods if m not in ran]
+        shown = [m for m in (*SHORT, scores.best_peer(), METHOD) if m and scores.covered(m)]
         blocks.append(
             f"Tier `{scores.tier}`, {_days(scores.all)}, {_minutes_span(scores)}. Normalised return of what a run "
-            f"leaves, mean over seeds; below, each seed's own (seeds {_listed(scores.seeds)})."
+            f"leaves, mean over up to {len(scores.seeds)} seeds:"
         )
-        blocks.append(score_table(scores, ran, best=False))
-        if absent:
-            blocks.append(f"Not run yet: {_listed(f'`{m}`' for m in absent)}.")
+        table = score_table(scores, shown, best=False)
+        rows = [[(main, "") for main, _ in row] for row in (log_row(scores), *table.rows)]
+        blocks.append(Table(table.header, rows))
         blocks.append("Goals:\n\n" + "\n".join(f"- {v.goal}: **{v.word}** ({v.figures})" for v in verdicts(scores)))
-    blocks.append("How to read it, differences, curves, variations, raw returns: [docs/scores.md](docs/scores.md)."
+    blocks.append("Each seed, all methods, differences, curves, variations: [docs/scores.md](docs/scores.md)."
                   if tiers else "No results yet: `python benchmarks/scores/run.py` makes them.")  # fmt: skip
     return blocks
 
