@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -37,14 +38,16 @@ class CudaRecorder:
 
     def plain(self, call: Callable[[], Told]) -> Told:
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
             told = call()
         torch.cuda.current_stream().wait_stream(self._stream)
         return told
 
     def capture(self, call: Callable[[], Told]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(self._stream), capture:  # a capture that fails would not leave the stream by itself
             told = call()
 
         def replay() -> Told:

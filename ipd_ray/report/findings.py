@@ -201,8 +201,8 @@ def _imagination(view: View) -> list[Finding]:
             Finding(
                 False,
                 "imagination",
-                f"Starts of high regret and of high V pass less often ({100 * flagged:.1f} %) than starts drawn at random "
-                f"({100 * control:.1f} %): to choose them does not pay here.",
+                f"Starts of high regret and of high V pass less often ({100 * flagged:.1f} %) than starts drawn at "
+                f"random ({100 * control:.1f} %): to choose them does not pay here.",
             )
         )
     imagined, own = number(d, "imagined_mean"), number(d, "own_mean")
