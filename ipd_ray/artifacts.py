@@ -55,11 +55,14 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return array_digest({name: value.detach().cpu().numpy() for name, value in tensors.items()})
 
 
-def numeric_platform() -> dict[str, str]:
-    """Return what bit-equality depends on: within one of these, equal keys give equal digests."""
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+def numeric_platform(device: str) -> dict[str, str]:
+    """Return what bit-equality depends on: within one of these, equal keys give equal digests.
+
+    device: that computes. A GPU that lies idle beside it changes nothing.
+    """
+    cuda = device.startswith("cuda") and torch.cuda.is_available()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "cpu": f"{platform_module.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
     }
@@ -118,9 +121,11 @@ class Workspace:
     PUSH_SECONDS = 2.0
     """How often the learning curve is sent to an object store."""
 
-    def __init__(self, place: str | Path | Folder, checkpoint_seconds: float = 30.0):
+    def __init__(self, place: str | Path | Folder, checkpoint_seconds: float = 30.0, device: str = "cpu"):
+        """device: where the step computes; the artifact tells."""
         self.folder = Folder.of(place)
         self.path = self.folder.path
+        self.device = device
         self._checkpoint_seconds = checkpoint_seconds
         self._began = self._saved = self._pushed = time.monotonic()
         self._spent = 0.0  # seconds before the last resume
@@ -201,7 +206,7 @@ class Workspace:
         if (self.path / METRICS).exists():
             self.folder.push([METRICS])
         content = {
-            "platform": numeric_platform(), "digest": content_digest, "diagnostics": dict(diagnostics),
+            "platform": numeric_platform(self.device), "digest": content_digest, "diagnostics": dict(diagnostics),
             "seconds": self.seconds, **described,
         }  # fmt: skip
         self.folder.write_text(RESULT, json.dumps(content, indent=1))

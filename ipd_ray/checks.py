@@ -55,6 +55,11 @@ def check_device(name: str, *, here: bool = True) -> None:
     if name == "auto":
         return
     try:
+        if not here and torch.device(name).index is not None:
+            raise UserError(
+                f"runtime.device={name} names one GPU of a machine, but with runtime.engine=ray each worker sees those "
+                f"that Ray gives it: set runtime.device={torch.device(name).type}."
+            )
         torch.zeros(1, device=name) if here else torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -16,6 +16,8 @@ Replay = Callable[[], Told]
 logger = logging.getLogger(__name__)
 PLAIN_CALLS = 10
 """Calls of a variant before it is captured: libraries choose their kernels, optimisers make their state."""
+RATE_TYPE = torch.float32
+"""Of step sizes, as CUDA's fused Adam reads them."""
 _UNLIKE = 0.01
 """How far from the plain call a replay may end, as a share of how far that one went, in each tensor of the state."""
 
@@ -65,12 +67,21 @@ class Captured:
     """
 
     def __init__(
-        self, compute: Callable[..., Told], state: Callable[[], Mapping[str, Tensor]], recorder: Recorder | None
+        self,
+        compute: Callable[..., Told],
+        state: Callable[[], Mapping[str, Tensor]],
+        optimizer: torch.optim.Optimizer,
+        device: str,
     ):
         """compute: reads its inputs from tensors that stay where they are, so that a replay finds what was copied there
         since; draws no random numbers and looks at no value. state: the state's own tensors by name, not copies.
-        recorder: None for plain calls only."""
-        self._compute, self._state, self._recorder = compute, state, recorder
+        optimizer: a fused Adam of torch that `compute` steps, before its first step; see `set_rate`."""
+        self._compute, self._state = compute, state
+        self._recorder: Recorder | None = None
+        if device.startswith("cuda"):
+            self._recorder = CudaRecorder()
+            for group in optimizer.param_groups:
+                group.update(capturable=True, lr=torch.tensor(group["lr"], dtype=RATE_TYPE, device=device))
         self._calls: Counter[tuple[bool, ...]] = Counter()
         self._replays: dict[tuple[bool, ...], Replay] = {}
 
@@ -121,18 +132,6 @@ class Captured:
     def _put_back(self, copies: Mapping[str, Tensor]) -> None:
         for name, x in self._state().items():
             x.copy_(copies[name])
-
-
-def recorder_for(device: str) -> Recorder | None:
-    """Return what captures on the device, None where nothing does."""
-    return CudaRecorder() if device.startswith("cuda") else None
-
-
-def make_capturable(optimizer: torch.optim.Optimizer, device: str) -> None:
-    """Let a fused Adam of torch be captured on the device: step sizes are tensors there."""
-    if device.startswith("cuda"):
-        for group in optimizer.param_groups:
-            group.update(capturable=True, lr=torch.tensor(group["lr"], device=device))
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

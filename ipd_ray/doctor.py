@@ -95,8 +95,8 @@ class Report:
 # ---- what runs on each machine
 
 
-def look(places: Mapping[str, str], probe: Callable[[str], None]) -> dict[str, Any]:
-    """Return what this machine is, and per place "" or what is wrong with it.
+def look(places: Mapping[str, str], probe: Callable[[str], None], device: str) -> dict[str, Any]:
+    """Return what this machine is where it computes on `device`, and per place "" or what is wrong with it.
 
     places: {folder: name of a file in it that the asking machine wrote, or "" where it wrote none}.
     """
@@ -104,7 +104,7 @@ def look(places: Mapping[str, str], probe: Callable[[str], None]) -> dict[str, A
         "python": platform.python_version(),
         "ipd_ray": f"{ipd_ray.__version__} ({_source_digest()})",
         **{name: _version(name) for name in PACKAGES},
-        "platform": numeric_platform(), "cores": cores(), "threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "platform": numeric_platform(device), "cores": cores(), "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "storage": troubles(places, probe),
     }
 
@@ -301,7 +301,7 @@ class _Here:
     def machines(self, places: Mapping[str, str], probe: Callable[[str], None]) -> list[Machine]:
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         gpus = float(torch.cuda.device_count())
-        return [Machine(HERE, cores(), gpus, memory, None, look(places, probe), self.workers())]
+        return [Machine(HERE, cores(), gpus, memory, None, look(places, probe, self._device), self.workers())]
 
     def fit(self) -> Iterator[Finding]:
         actors, threads = self.workers(), self._config.runtime.threads
@@ -337,7 +337,7 @@ class _Cluster:
             self._cluster.disconnect()
 
     def machines(self, places: Mapping[str, str], probe: Callable[[str], None]) -> list[Machine]:
-        answers = self._everywhere(look, places, probe)
+        answers = self._everywhere(look, places, probe, self._device)
         return [
             Machine(m.name, m.offers.cpus, m.offers.gpus, m.memory, m.object_store, answers[m.id], self._actors(m))
             for m in self._nodes.members() if m.id in answers

@@ -99,7 +99,7 @@ def estimate(
     config, sizes = context.config, sizes_of(context)
     parts = {part.name: part for part in context.parts.until(until)}
     if work is None:
-        work = work_seconds({part.step for part in parts.values()}, config, sizes, context.device)
+        work = work_seconds({part.step for part in parts.values()}, config, sizes, context.here.device)
     rows = []
     for row in state_of(context, until):
         part = parts[row["step"]]
@@ -208,13 +208,17 @@ def measure(device: str, seconds: float = MEASURE_SECONDS) -> Speed:
 
 def _timed(call: Callable[[], Any], device: str, seconds: float) -> float:
     """Seconds of a call, the first one left out."""
+    def finish() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
     call()
+    finish()
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds or count == 0:
         call()
         count += 1
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    finish()
     return (time.perf_counter() - began) / count
 
 

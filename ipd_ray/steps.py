@@ -100,7 +100,7 @@ class Place:
 
     def workspace(self, path: str) -> Workspace:
         set_threads(self.threads)
-        return Workspace(path, self.checkpoint_seconds)
+        return Workspace(path, self.checkpoint_seconds, self.device)
 
 
 @lru_cache(maxsize=2)
@@ -338,7 +338,7 @@ def run_shard(
         "uncertainty": {f"{q:g}": float(np.quantile(segments.uncertainty, q)) for q in (0.1, 0.5, 0.9)},
         "reward_gain": float(gain.mean()),
         "terminated": int(segments.terminal.any(1).sum()),
-        "platform": numeric_platform(),
+        "platform": numeric_platform(place.device),
     }
     entry = write_shard(workspace.folder, spec.shard, segments, summary)
     return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).passed.sum())}

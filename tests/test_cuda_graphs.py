@@ -1,8 +1,6 @@
-"""Captured updates, by a recorder that replays operators on a CPU as a CUDA graph replays kernels on a GPU.
+"""Captured updates on a pretended GPU, by a recorder that replays operators as a CUDA graph replays kernels.
 
-It keeps each operator with the tensors it was called on and writes what it returns into the memory of the first time.
-So it finds what a graph would do otherwise than plain calls: numbers of Python's that were kept, inputs that moved,
-values that were looked at. It cannot show that a GPU takes the capture.
+It cannot show that a GPU takes the capture.
 """
 
 from __future__ import annotations
@@ -15,64 +13,16 @@ import numpy as np
 import pytest
 import torch
 from method_fixtures import Episode, log_of
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from pretend_cuda import Recorder, pretend_cuda
 
 from ipd_ray.config import ValuesConfig, WorldModelConfig
-from ipd_ray.cuda_graphs import PLAIN_CALLS, Captured, Replay, Told, set_rate
+from ipd_ray.cuda_graphs import PLAIN_CALLS, Captured, Told, set_rate
 from ipd_ray.data.transitions import Log
 from ipd_ray.training import Trainer
 from ipd_ray.values.fit import ValueTrainer
 from ipd_ray.world_model.fit import WorldModelTrainer
 
 UPDATES = 4 * (PLAIN_CALLS + 4)
-
-
-class Operators(TorchDispatchMode):
-    """All operators called inside, with what they were given and what they returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            held, given = tree_leaves(out), tree_leaves((args, kwargs))
-            fresh = [] if func.is_view else tree_leaves(func(*args, **kwargs))
-            for old, new in zip(held, fresh, strict=not func.is_view):
-                if isinstance(old, Tensor) and not any(old is x for x in given):
-                    old.copy_(new)
-
-
-class Recorder:
-    """Operators instead of kernels."""
-
-    def __init__(self) -> None:
-        self.captured = self.replayed = 0
-
-    def plain(self, call: Callable[[], Told]) -> Told:
-        return call()
-
-    def capture(self, call: Callable[[], Told]) -> Replay:
-        with Operators() as operators:
-            told = call()
-        self.captured += 1
-
-        def replay() -> Told:
-            self.replayed += 1
-            with torch.no_grad():
-                operators.replay()
-            return told
-
-        return replay
 
 
 def short_log() -> Log:
@@ -84,39 +34,32 @@ def short_log() -> Log:
     return log_of(episodes, discount=0.9)
 
 
-def values() -> ValueTrainer:
+def values(device: str) -> ValueTrainer:
     config = ValuesConfig.model_validate({"updates": UPDATES, "batch_size": 16, "width": 8})
-    return ValueTrainer(short_log(), config, 0, "cpu")
+    return ValueTrainer(short_log(), config, 0, device)
 
 
-def world_model() -> WorldModelTrainer:
+def world_model(device: str) -> WorldModelTrainer:
     small = {"members": 3, "elites": 2, "width": 8, "layers": 2, "batch_size": 16, "max_updates": UPDATES}
-    return WorldModelTrainer(short_log(), WorldModelConfig.model_validate({**small, "eval_every": 20}), 0, "cpu")
+    return WorldModelTrainer(short_log(), WorldModelConfig.model_validate({**small, "eval_every": 20}), 0, device)
 
 
 def run(trainer: Trainer) -> list[dict[str, float]]:
     return [{name: x.item() for name, x in trainer.update(step).items()} for step in range(UPDATES)]
 
 
-def record(trainer: Any) -> Recorder:
-    """Let a trainer's updates be captured, with its step sizes as tensors, which the device's are."""
-    recorder = Recorder()
-    trainer._captured = Captured(trainer._compute, trainer.state, recorder)
-    for group in trainer._optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
-    return recorder
-
-
 @pytest.mark.parametrize(("make", "variants"), [(values, 2), (world_model, 1)])
-def test_replayed_updates_are_the_plain_ones(make: Callable[[], Trainer], variants: int):
-    plain, captured = make(), make()
-    recorder = record(captured)
-    expected, told = run(plain), run(captured)
-    assert recorder.captured == variants
-    assert recorder.replayed == UPDATES - variants * PLAIN_CALLS
+def test_replayed_updates_are_the_plain_ones(make: Callable[[str], Any], variants: int):
+    plain = make("cpu")
+    expected = run(plain)
+    with pretend_cuda():
+        captured = make("cuda")
+        told = run(captured)
+        state = {name: x.cpu() for name, x in captured.state().items()}
+        recorder = captured._captured._recorder
+    assert (recorder.captured, recorder.replayed) == (variants, UPDATES - variants * PLAIN_CALLS)
     for a, b in zip(expected, told, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
-    state = captured.state()
     for name, x in plain.state().items():
         torch.testing.assert_close(state[name], x, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -126,8 +69,10 @@ class Descent:
 
     def __init__(self, flaw: str):
         self.x, self.input, self.flaw, self.rate = torch.ones(3), torch.ones(3), flaw, 0.0
-        self.recorder = Recorder()
-        self.captured = Captured(self.compute, lambda: {"x": self.x}, self.recorder)
+        optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
+        self.captured = Captured(self.compute, lambda: {"x": self.x}, optimizer, "cuda")
+        self.recorder: Any = self.captured._recorder
+        assert isinstance(self.recorder, Recorder)
 
     def update(self, step: int) -> float:
         value = 0.1 + 0.01 * (step % 3)
@@ -147,8 +92,9 @@ class Descent:
 
 @pytest.mark.parametrize("flaw", ["", "number", "moves", "looks"])
 def test_a_graph_that_differs_is_told_of_and_not_used(flaw: str, caplog: pytest.LogCaptureFixture):
-    descent, expected = Descent(flaw), torch.ones(3)
-    with caplog.at_level(logging.WARNING):
+    expected = torch.ones(3)
+    with caplog.at_level(logging.WARNING), pretend_cuda():
+        descent = Descent(flaw)
         told = [descent.update(step) for step in range(PLAIN_CALLS + 9)]
     for step in range(PLAIN_CALLS + 9):
         value = 0.1 + 0.01 * (step % 3)

@@ -66,9 +66,9 @@ def test_platform_of_a_machine_without_workers_does_not_matter() -> None:
 def test_storage_that_is_each_machines_own(tmp_path: Path) -> None:
     (tmp_path / "mark").write_text("")
     for file, part in [("mark", ""), ("", ""), ("other", "no storage that the nodes share")]:
-        assert part in doctor.look({str(tmp_path): file}, doctor.probe_folder)["storage"][str(tmp_path)]
+        assert part in doctor.look({str(tmp_path): file}, doctor.probe_folder, "cpu")["storage"][str(tmp_path)]
     (tmp_path / "file").write_text("")
-    [said] = doctor.look({str(tmp_path / "file" / "x"): ""}, doctor.probe_folder)["storage"].values()
+    [said] = doctor.look({str(tmp_path / "file" / "x"): ""}, doctor.probe_folder, "cpu")["storage"].values()
     assert "Not a directory" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mark"]
 

@@ -36,6 +36,7 @@ from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.runs import RunFolder
 from ipd_ray.steps import values_of
+from ipd_ray.training import resolve_device
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -149,7 +150,7 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, args: Any) 
         dataset, method, tier_name, seed, curve, reference=reference, config=sections,
         seconds={**summary["seconds"], "this_run": round(time.monotonic() - began, 1)},
         evaluation={"episodes": config.evaluate.episodes, "seed": config.evaluate.seed},
-        commit=commit(), versions=numeric_platform(), extra=extra, kept=kept,
+        commit=commit(), versions=numeric_platform(resolve_device(config.runtime.device)), extra=extra, kept=kept,
     )
 
 

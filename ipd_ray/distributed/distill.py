@@ -52,8 +52,8 @@ class TrainWorkspace(Workspace):
     """A workspace whose checkpoints Ray Train keeps. Each worker has one, the first alone writes the learning curve."""
 
     def __init__(self, place: str, checkpoint_seconds: float, reducer: Reducer, device: str):
-        super().__init__(place, checkpoint_seconds)
-        self._reducer, self._device = reducer, device
+        super().__init__(place, checkpoint_seconds, device)
+        self._reducer = reducer
         self._warned = False  # of a node that goes away, and saved for it
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -71,7 +71,7 @@ class TrainWorkspace(Workspace):
         warned = ray.train.get_preemption_info() is not None  # the same for all
         vote = float(self._reducer.rank == 0 and super().due()) + float(warned and not self._warned)
         self._warned = warned
-        return bool(self._reducer.sum(torch.tensor(vote, device=self._device)) > 0)
+        return bool(self._reducer.sum(torch.tensor(vote, device=self.device)) > 0)
 
     def checkpoint(self, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any] | None = None) -> None:
         if self._reducer.rank > 0:

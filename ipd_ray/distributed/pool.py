@@ -20,9 +20,9 @@ from ipd_ray.errors import UserError
 class Worker:
     """What an actor is."""
 
-    def hello(self) -> tuple[dict[str, str], str]:
+    def hello(self, device: str) -> tuple[dict[str, str], str]:
         """Return the numeric platform and the node; the first call, so that an answer also says the worker is up."""
-        return numeric_platform(), ray.get_runtime_context().get_node_id()
+        return numeric_platform(device), ray.get_runtime_context().get_node_id()
 
     def call(self, task: Task) -> tuple[Any, str | None]:
         """Return (result, None), or (None, traceback): exceptions of all kinds travel as text."""
@@ -54,6 +54,7 @@ class ActorPool:
             "num_cpus": cpus(threads), "num_gpus": gpus, "label_selector": dict(labels or {}),
             "scheduling_strategy": "DEFAULT",
         }
+        self._device = "cuda" if gpus else "cpu"
         self._make: Any = ray.remote(max_restarts=0, **options)(Worker)
         self.least = 0
         """Actors that are started and kept even where fewer tasks wait."""
@@ -79,7 +80,7 @@ class ActorPool:
         for _ in range(len(self._actors), wanted):
             actor = _Actor(self._make.remote())
             self._actors.add(actor)
-            self._calls[actor.handle.hello.remote()] = actor
+            self._calls[actor.handle.hello.remote(self._device)] = actor
         return len(self._idle)
 
     def start(self, number: int, task: Task) -> None:

@@ -398,6 +398,7 @@ class _Work:
         alone = config.runtime.workers == 1
         runtime = config.runtime.model_copy(update={
             "engine": "local" if alone else "ray", "address": None, "actors": config.runtime.workers,
+            "device": resolve_device(config.runtime.device),  # here: a trial sees its node's GPUs, taken or not
             "wandb_group": config.runtime.wandb_group or self._folder.folder.name,
         })
         plain = config.model_copy(update={"runtime": runtime}).model_dump(mode="json")

@@ -19,7 +19,7 @@ from ipd_ray.artifacts import (
     stripped,
 )
 from ipd_ray.config import ValuesConfig
-from ipd_ray.cuda_graphs import Captured, make_capturable, recorder_for, set_rate
+from ipd_ray.cuda_graphs import Captured, set_rate
 from ipd_ray.data.transitions import Log, rank_correlation
 from ipd_ray.layers import EnsembleMLP, block_generator, matrix_products
 from ipd_ray.training import exhaust, train
@@ -72,7 +72,6 @@ class ValueTrainer:
             lr=config.learning_rate,
             fused=True,
         )
-        make_capturable(self._optimizer, device)
         partial, weight = log.return_parts
         reward_n, last_n, weight_n = log.n_step(config.n_step)
         shift, scale = log.return_moments
@@ -92,7 +91,7 @@ class ValueTrainer:
         self._offset = shift / scale
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
         self._index = torch.zeros(config.batch_size, dtype=torch.int64, device=device)
-        self._captured = Captured(self._compute, self.state, recorder_for(device))
+        self._captured = Captured(self._compute, self.state, self._optimizer, device)
 
     def _draw(self, step: int) -> None:
         block, row = divmod(step, _BLOCK)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ipd_ray.artifacts import Workspace, load_optimizer, optimizer_tensors, prefixed, stripped
 from ipd_ray.config import WorldModelConfig
-from ipd_ray.cuda_graphs import Captured, make_capturable, recorder_for, set_rate
+from ipd_ray.cuda_graphs import Captured, set_rate
 from ipd_ray.data.transitions import Log, rank_correlation, spread
 from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
@@ -79,13 +79,12 @@ class WorldModelTrainer:
             lr=config.learning_rate,
             fused=True,
         )
-        make_capturable(self._optimizer, device)
         self.best = {name: value.clone() for name, value in self.model.of_members.items()}
         self.best_error = torch.full((config.members,), float("inf"), device=device)
         self.stale = 0
         self._block: tuple[int, Tensor] = (-1, torch.empty(0))
         self._drawn = torch.zeros((config.members, config.batch_size), dtype=torch.int64, device=device)
-        self._captured = Captured(self._compute, self.state, recorder_for(device))
+        self._captured = Captured(self._compute, self.state, self._optimizer, device)
 
     def _draw(self, step: int) -> None:
         block, row = divmod(step, _BLOCK)

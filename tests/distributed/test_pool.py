@@ -78,7 +78,7 @@ def test_actors_that_cannot_start_end_the_run_with_the_cause(pool, monkeypatch: 
         def __init__(self) -> None:
             raise ModuleNotFoundError("No module named 'ipd_ray'")
 
-        def hello(self) -> None: ...
+        def hello(self, device: str) -> None: ...
 
     monkeypatch.setattr(pool, "_make", ray.remote(Broken))
     with pytest.raises(TaskError, match="installed on every node"):
