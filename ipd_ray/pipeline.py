@@ -163,7 +163,7 @@ class Parts:
 
     @property
     def candidates(self) -> list[str]:
-        """The variants whose policies are chosen from; of those that cannot be told apart the first is kept."""
+        """The variants whose policies are chosen from."""
         offered = ("ipd", "no_imagination") if self._choice_is_wide else ("ipd",)
         return [name for name in offered if name in self.distill]
 

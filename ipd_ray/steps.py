@@ -45,7 +45,7 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import behind_the_best, first_as_good, imagined_returns
+from ipd_ray.evaluate.choose import best_variant, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
@@ -522,7 +522,7 @@ def run_choose(
 ) -> None:
     """Step 6: keep one of the policies that distillations left.
 
-    distilled: artifacts by variant. In this order, and of each the last policy first, they are preferred.
+    distilled: artifacts by variant.
     """
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
@@ -548,10 +548,8 @@ def run_choose(
         })
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
-    lack, error = (x.tolist() for x in behind_the_best(np.stack(earned)))
-    for row, own, its_error in zip(found, lack, error, strict=True):
-        row.update(behind=own, behind_sem=its_error)
-    variant, artifact, step, tensors = policies[first_as_good(lack, error, config.tolerance)]
+    names = [variant for variant, *_ in policies]
+    variant, artifact, step, tensors = policies[best_variant(np.stack(earned), names, config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

@@ -657,8 +657,8 @@ READING = f"""\
 **How to read this.** A score is normalised as D4RL does it: 100 x (return - low) / (high - low), with the two
 references of the dataset (they stand below the raw returns). 0 is about a random policy, 100 about an expert. Each
 number is the mean over seeds of the policy that a run leaves, which is what a user gets: the *last* checkpoint, or,
-of `ipd` and `value_guided_chosen`, the first that does as well as the best inside the world model, without a look
-at these scores; every seed's own number stands small below it, a dash where that seed has not run. The best
+of `ipd` and `value_guided_chosen`, the one that does best inside the world model (`choose`), without a look at these
+scores; every seed's own number stands small below it, a dash where that seed has not run. The best
 checkpoint, in parentheses, is picked by the very scores it reports, so it flatters and is there for comparison only.
 In bold: the highest of a column, which says nothing about chance. "{MISSING}" is a run that is not there: nothing is
 filled in, and a mean over the sets is given only where all sets are there.

@@ -15,7 +15,7 @@ from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 7
+VERSION = 8
 _STREAM = 77
 
 
@@ -42,10 +42,19 @@ def behind_the_best(returns_CN: Floats) -> tuple[Floats, Floats]:
     return lack.mean(1), lack.std(1) / np.sqrt(lack.shape[1])
 
 
-def first_as_good(lack: Sequence[float], error: Sequence[float], tolerance: float) -> int:
-    """Index of the first candidate that lacks at most `tolerance` standard errors (Breiman's rule): what roll-outs
-    cannot tell apart, their order decides."""
-    return next(i for i, (x, e) in enumerate(zip(lack, error, strict=True)) if x <= tolerance * e)
+def best_variant(returns_CN: Floats, variants: Sequence[str], tolerance: float) -> int:
+    """Index of the candidate that is kept.
+
+    Of each variant the latest policy within `tolerance` standard errors of its best one (Breiman's rule: what roll-outs
+    cannot tell apart, more training decides); of these the one that earns most. variants: (C,) of each candidate, those
+    of one variant from the latest on.
+    """
+    picks = []
+    for variant in dict.fromkeys(variants):
+        rows = [i for i, name in enumerate(variants) if name == variant]
+        lack, error = behind_the_best(returns_CN[rows])
+        picks.append(next(i for i, x, e in zip(rows, lack, error, strict=True) if x <= tolerance * e))
+    return max(picks, key=lambda i: float(returns_CN[i].mean()))
 
 
 @torch.no_grad()

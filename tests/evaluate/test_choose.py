@@ -12,7 +12,7 @@ from method_fixtures import Line, log_of
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.evaluate.choose import behind_the_best, first_as_good, first_observations, imagined_returns
+from ipd_ray.evaluate.choose import behind_the_best, best_variant, first_observations, imagined_returns
 
 
 class Always:
@@ -137,21 +137,32 @@ def test_noise_is_small_where_the_log_s_actions_are():
     assert narrow == 0.0 < 0.4 < wide
 
 
-def test_the_first_of_those_that_cannot_be_told_apart_is_kept():
-    lack, errors = [10.0, 3.0, 4.0, 0.0], [2.0, 2.0, 1.0, 0.0]
-    assert first_as_good(lack, errors, 2.0) == 1
-    assert first_as_good(lack, errors, 0.0) == 3
-    assert first_as_good(lack, errors, 5.0) == 0
+STARTS = np.array([0.0, 100.0, 200.0, 300.0])
+SWINGS = np.array([4.0, -6.0, 4.0, -6.0])
 
 
 def test_candidates_are_compared_by_pairs_of_episodes():
     # Episodes differ by hundreds; the second candidate earns one less in each, the third now more, now less.
-    starts = np.array([0.0, 100.0, 200.0, 300.0])
-    lack, error = behind_the_best(np.stack([starts, starts - 1.0, starts + np.array([4.0, -6.0, 4.0, -6.0])]))
+    lack, error = behind_the_best(np.stack([STARTS, STARTS - 1.0, STARTS + SWINGS]))
     assert lack.tolist() == [0.0, 1.0, 1.0]
     assert error.tolist() == [0.0, 0.0, 2.5]
-    assert first_as_good(lack[::-1].tolist(), error[::-1].tolist(), 2.0) == 0
-    assert first_as_good(lack[[1, 0]].tolist(), error[[1, 0]].tolist(), 2.0) == 1
+
+
+def test_the_latest_policy_is_kept_unless_an_earlier_one_is_surely_better():
+    def kept(latest: np.ndarray, tolerance: float = 2.0) -> int:
+        return best_variant(np.stack([latest, STARTS]), ["plans", "plans"], tolerance)
+
+    assert kept(STARTS - 1.0) == 1
+    assert kept(STARTS + SWINGS) == 0
+    assert kept(STARTS + SWINGS, tolerance=0.1) == 1
+
+
+def test_of_two_kinds_of_policies_the_better_is_kept_however_little_it_is():
+    order = ["plans", "plans", "log", "log"]
+    same = np.stack([STARTS + SWINGS, STARTS, STARTS, STARTS - 5.0])
+    assert best_variant(same, order, 2.0) == 2  # by one, of the latest of both
+    assert best_variant(same[[2, 3, 0, 1]], order, 2.0) == 0
+    assert best_variant(np.stack([STARTS - 50.0, STARTS + 1.0, STARTS, STARTS]), order, 2.0) == 1
 
 
 def test_episodes_are_rounded_up_to_the_elites():
@@ -171,18 +182,15 @@ def test_what_a_run_keeps_is_the_candidate_that_did_best(tmp_path: Path, monkeyp
     (tmp_path / "minari").mkdir()
     write_log(tmp_path / "minari")
     folder = tmp_path / "runs" / "one"
-    run(LOG, load("demo", None, SETTINGS), run_dir=folder)
+    run(LOG, load("demo", None, [*SETTINGS, "choose.tolerance=0"]), run_dir=folder)
     opened = open_run(str(folder))
     choose = Artifact(opened.artifact("choose"))
     found = choose.diagnostics["candidates"]
     assert len(found) == 8 and {c["variant"] for c in found} == {"ipd", "no_imagination"}
     assert [c["variant"] for c in found] == ["ipd"] * 4 + ["no_imagination"] * 4
     assert [c["step"] for c in found] == [40, 30, 20, 10] * 2
-    lack, errors = ([c[name] for c in found] for name in ("behind", "behind_sem"))
-    means = [c["return_mean"] for c in found]
-    assert lack == pytest.approx([max(means) - mean for mean in means], abs=1e-3)
-    best = found[first_as_good(lack, errors, 2.0)]
-    assert (choose.diagnostics["variant"], choose.diagnostics["step"]) == (best["variant"], best["step"])
+    best = next(c for c in found if all(c[name] == choose.diagnostics[name] for name in ("variant", "step")))
+    assert best["return_mean"] == max(c["return_mean"] for c in found)
     part = "distill" if best["variant"] == "ipd" else "distill:no_imagination"
     source = Artifact(opened.artifact(part))
     wanted = dict(source.snapshots()).get(best["step"], source.tensors())
