@@ -399,8 +399,8 @@ class ChooseConfig(Section):
     """Share of held-out steps that the world model knows: a step more uncertain than these, and than 1.5 medians, halts
     an imagined episode, and the rest of it earns as little as the worst hundredth of the log, never more than 0."""
     tolerance: NonNegativeFloat = 2.0
-    """Standard errors by which a later policy may fall short of an earlier one, in pairs of imagined episodes that begin
-    alike, and still be taken. 0: the best."""
+    """Standard errors by which a later policy may fall short of an earlier one, in pairs of imagined episodes that
+    begin alike, and still be taken. 0: the best."""
     without_imagination: bool = True
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 
