@@ -5,30 +5,24 @@ from __future__ import annotations
 import errno
 import importlib
 import shutil
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Space
-from gymnasium.spaces.utils import flatdim
 
 from ipd_ray.config import RunConfig
-from ipd_ray.data.transitions import DISCOUNTS, Spec, Transitions, fitting_discount, log_remarks, prepare
+from ipd_ray.data.transitions import DISCOUNTS, Transitions, fitting_discount, log_remarks, prepare
 from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, first_line
 from ipd_ray.estimate import estimate_disk
-from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.evaluate.episodes import NO_SPEC, Arena, NoEnvironment, arena_of, environment_maker
 from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Context
-from ipd_ray.runs import IDENTITY, RunFolder, human_bytes
+from ipd_ray.runs import IDENTITY, MUCH_LONGER, RunFolder, human_bytes
 from ipd_ray.storage import Folder, probe
 from ipd_ray.training import device_here, resolve_device
 from ipd_ray.world_model.termination import resolve
-
-NO_SPEC = Spec("", {}, [], [], [], "")
-"""For looking up an environment by name, before any log is read."""
 
 
 def check_config(config: RunConfig) -> None:
@@ -128,32 +122,7 @@ def check_data(config: RunConfig, transitions: Transitions) -> None:
     """Raise UserError where the dataset and the config do not go together."""
     prepare(transitions, config.data, config.seed)
     if config.evaluate.environment:
-        check_environment(config.evaluate.environment, transitions)
-
-
-def check_environment(name: str, transitions: Transitions) -> None:
-    """Raise UserError where the environment that the user named cannot be made, or is not the one of the log."""
-    try:
-        action, observation = _spaces(name)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a third party's environment raises
-        raise UserError(
-            f"evaluate.environment={name} cannot be made ({type(error).__name__}: {error}): install what it needs, or "
-            "name another."
-        ) from error
-    remedy = "evaluate in the environment that the log comes from."
-    wanted = tuple(transitions.spec.action_shape)
-    if action.shape != wanted:
-        raise UserError(
-            f"evaluate.environment={name}: its actions are {action}, the log's have shape {wanted}: {remedy}"
-        )
-    size = flatdim(observation)
-    if size != transitions.observation_dim:
-        raise UserError(
-            f"evaluate.environment={name}: its observations have {size} entries, the log's "
-            f"{transitions.observation_dim}: {remedy}"
-        )
+        arena_of(transitions, config.evaluate)
 
 
 def check_disk(context: Context, until: str) -> None:
@@ -198,36 +167,46 @@ def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate"
         out.append("ablations: no_imagination is the policy itself, since distill.imagined_ratio=0.")
     if until != "evaluate":
         return out
-    if config.evaluate.environment:
-        return [*out, *_bounds_remark(config.evaluate.environment, transitions.spec)]
     try:
-        environment_maker(transitions.spec, None)
+        arena = arena_of(transitions, config.evaluate)
     except NoEnvironment as error:
-        out.append(f"there will be no evaluation: {error}.")
-    return out
+        return [*out, f"there will be no evaluation: {error}."]
+    return [*out, *_bounds_remark(arena, config), *_limit_remark(arena, config, transitions)]
 
 
-@lru_cache(maxsize=1)
-def _spaces(environment: str) -> tuple[Space[Any], Space[Any]]:
-    """Action and observation space of an environment that the user named; made once, since some take seconds."""
-    env = environment_maker(NO_SPEC, environment)()
-    env.close()
-    return env.action_space, env.observation_space
+def _named(config: RunConfig) -> str:
+    return "evaluate.environment" if config.evaluate.environment else "the log's environment"
 
 
-def _bounds_remark(environment: str, spec: Spec) -> list[str]:
-    space, _ = _spaces(environment)
-    if not isinstance(space, Box):
-        return []
+def _bounds_remark(arena: Arena, config: RunConfig) -> list[str]:
+    space, spec = arena.actions, arena.spec
     low, high = (np.asarray(b, np.float64).reshape(spec.action_shape) for b in (spec.action_low, spec.action_high))
     slack = 1e-3 * (high - low)
     if (space.low >= low - slack).all() and (space.high <= high + slack).all():
         return []
     return [
-        f"evaluate.environment takes actions from {_short(space.low)} to {_short(space.high)}, the log's lie from "
+        f"{_named(config)} takes actions from {_short(space.low)} to {_short(space.high)}, the log's lie from "
         f"{_short(low)} to {_short(high)}: the policy never acts beyond these. Import the log with --env, or with "
         "--action-low and --action-high, if they are the data's own."
     ]
+
+
+def _limit_remark(arena: Arena, config: RunConfig, transitions: Transitions) -> list[str]:
+    limit, cut, longest = arena.own_limit, transitions.time_limit, int(transitions.episode_length.max())
+    if config.evaluate.max_steps:
+        return []
+    if limit is None:
+        why = "as the log's are" if cut else f"the log's longest ended itself after {longest:,}"
+        return [
+            f"{_named(config)} shows no limit of time: evaluated episodes are cut after {arena.config.max_steps:,} "
+            f"steps, {why}; evaluate.max_steps sets another limit."
+        ]
+    if cut and limit > MUCH_LONGER * cut:
+        return [
+            f"{_named(config)} cuts episodes after {limit:,} steps, the log's are cut after {cut:,}: the returns "
+            f"will not compare; evaluate.max_steps={cut} makes them."
+        ]
+    return []
 
 
 def _short(bound: Any) -> str:

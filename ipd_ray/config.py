@@ -419,12 +419,12 @@ class EvaluateConfig(Section):
     episodes: PositiveInt = 20
     """Episodes, all advancing together."""
     environment: str | None = None
-    """A Gymnasium id or `package.module:function` that makes the environment, known by its name alone; the log's own
-    where not given."""
+    """A Gymnasium id (`Name-v0`, or `package:Name-v0`, which imports the package first) or `package.module:function`
+    that makes the environment, known by its name alone; the log's own where not given."""
     seed: NonNegativeInt = 1000
     """First seed of the environments; episode i uses seed + i."""
     max_steps: PositiveInt | None = None
-    """Steps an episode at most; the environment's own limit where not given."""
+    """Steps an episode at most; where not given the environment's own limit, or the log's where it has none."""
     candidates: PositiveInt = 1
     """Actions that Q ranks at every step: the policy's own, and noisy ones around it. 1: the policy's own is taken."""
     candidate_std: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1

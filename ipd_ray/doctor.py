@@ -243,7 +243,7 @@ def _planned(
     """The plan, measured where it would be carried out; what it finds goes to `findings`."""
     def work(context: Context) -> dict[str, float] | None:
         steps = sorted({part.step for part in context.parts.until("evaluate")})
-        seconds, finding = site.calibrated(steps, sizes_of(context))
+        seconds, finding = site.calibrated(steps, sizes_of(context, "evaluate"))
         findings.append(finding)
         return seconds
 

@@ -5,14 +5,14 @@ matrix product at the step's own sizes, measured in 0.3 s, and over a share for 
 then small operations an update at the measured cost of one (OPERATIONS). Both were fitted on two busy CPU cores
 against the presets demo and gym-small on Pendulum and Hopper; distillation least well, it suffers most from a busy
 machine. What the machine does beside is in the measured rates, as it is at this moment. How long an evaluated episode
-lasts is not known: the log's longest is assumed.
+lasts is not known: its limit is assumed.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ class Sizes:
     terminates: bool
     held: int
     """Steps held out, as the world model looks at them."""
+    horizon: int = 0
+    """Steps of an evaluated episode at most; 0 where none is evaluated."""
 
     @classmethod
     def of(cls, t: Transitions, holdout_fraction: float) -> Sizes:
@@ -96,7 +98,7 @@ def estimate(
     Memory is a worker's; imagination has `processes` of them. work: `work_seconds` of the machine that will do it; of
     this one where not given.
     """
-    config, sizes = context.config, sizes_of(context)
+    config, sizes = context.config, sizes_of(context, until)
     parts = {part.name: part for part in context.parts.until(until)}
     if work is None:
         work = work_seconds({part.step for part in parts.values()}, config, sizes, context.here.device)
@@ -263,9 +265,11 @@ class _Weights:
         return 2 * self.q + self.v + self.returns + self.behaviour
 
 
-def sizes_of(context: Context) -> Sizes:
-    """Return the sizes of a run's log."""
-    return Sizes.of(context.transitions, context.config.data.holdout_fraction)
+def sizes_of(context: Context, until: str = "choose") -> Sizes:
+    """Return the sizes of a run's log; up to step evaluate, of its evaluated episodes too."""
+    evaluated = until == "evaluate" and not context.no_environment
+    horizon = context.arena.config.max_steps if evaluated else None
+    return replace(Sizes.of(context.transitions, context.config.data.holdout_fraction), horizon=horizon or 0)
 
 
 def _starts(config: RunConfig, sizes: Sizes) -> int:
@@ -345,8 +349,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         v = config.values
         flops = 2.0 * v.batch_size * 2 * w.q * 4  # target, forward; Q, forward and back
         return config.fitted_q.updates * _update("values", flops, speed.product(2, v.batch_size, v.width), speed)
-    steps = config.distill.snapshots * (config.evaluate.max_steps or sizes.longest)
-    return steps * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
+    return config.distill.snapshots * sizes.horizon * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
 
 
 def _tokens(config: RunConfig) -> int:

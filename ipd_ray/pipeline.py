@@ -23,7 +23,7 @@ from ipd_ray.engine import Engine, Task
 from ipd_ray.errors import PartialError
 from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes, fitted_q
-from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
+from ipd_ray.evaluate.episodes import Arena, NoEnvironment, arena_of
 from ipd_ray.imagine import actor as actor_fit
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import Crew, CurveTail, Listener, ShardProgress
@@ -211,10 +211,15 @@ class Context:
         return replace(self.place(), device=device_here(self.device))
 
     @cached_property
+    def arena(self) -> Arena:
+        """What the policy is evaluated in. Raises NoEnvironment where there is none."""
+        return arena_of(self.transitions, self.config.evaluate)
+
+    @cached_property
     def no_environment(self) -> str:
         """Why nothing can be evaluated; empty where it can."""
         try:
-            environment_maker(self.transitions.spec, self.config.evaluate.environment)
+            _ = self.arena
         except NoEnvironment as error:
             return str(error)
         return ""
@@ -431,7 +436,7 @@ def evaluate_offline(context: Context) -> None:
 
 def evaluate(context: Context, variant: str = "ipd") -> None:
     """Step 7, one policy; skipped with a line where there is no environment."""
-    config, part = context.config.evaluate, context.parts.evaluate[variant]
+    part = context.parts.evaluate[variant]
     if reason := context.no_environment:
         context.listener.note(f"evaluation skipped: {reason}. The offline diagnostics stand.")
         return
@@ -439,8 +444,8 @@ def evaluate(context: Context, variant: str = "ipd") -> None:
     chosen = context.parts.choose if variant == "ipd" else None
     _obtain(context, [Job(part, run_evaluate, lambda: {
         "policy": context.path(context.parts.distill[variant]),
-        "config": config,
-        "spec": context.transitions.spec,
+        "config": context.arena.config,
+        "spec": context.arena.spec,
         "chosen": context.path(chosen) if chosen else None,
     })])
 
@@ -503,6 +508,7 @@ def summarise(context: Context) -> dict[str, Any]:
             "normalised": t.spec.normalise(float(returns.mean())),
             "episodes": t.episodes,
             "steps": len(t),
+            "time_limit": t.time_limit,
         },
         "seconds": {name: artifact.seconds for name, artifact in found.items()},
     }
@@ -528,10 +534,8 @@ def summarise(context: Context) -> dict[str, Any]:
         if part.name in found:
             scores = found[part.name].diagnostics
             where = "policy" if variant == "ipd" else variant
-            summary[where] = {
-                k: scores[k]
-                for k in ("return_mean", "return_std", "normalised", "episodes", "discounted_mean", "value_at_start")
-            }
+            shown = ("return_mean", "return_std", "normalised", "episodes", "length_mean")
+            summary[where] = {k: scores[k] for k in (*shown, "discounted_mean", "value_at_start")}
             best = scores["best"]
             summary[where]["best"] = {k: best[k] for k in ("step", "return_mean", "normalised")}
     return summary

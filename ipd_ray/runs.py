@@ -22,6 +22,8 @@ from ipd_ray.storage import ARTIFACT, Folder
 SCHEMA = 1
 """Version of the folder's layout."""
 IDENTITY, LINKS, SUMMARY, CURVES = "run.json", "links.json", "summary.json", "metrics.jsonl"
+MUCH_LONGER = 1.1
+"""Length of evaluated episodes, in lengths at which the log's are cut, from which on their returns do not compare."""
 
 
 def plans_in(summary: Mapping[str, Any]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 from small_runs import LOG, SETTINGS, write_log
 
 import ipd_ray.report
@@ -19,6 +22,7 @@ from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import load
 from ipd_ray.engine import LocalEngine
 from ipd_ray.errors import UserError
+from ipd_ray.estimate import ACT_SECONDS, ENVIRONMENT_SECONDS, STARTUP_SECONDS
 from ipd_ray.progress import Crew
 from ipd_ray.steps import best_reach
 
@@ -250,6 +254,49 @@ def test_reference_scores_that_come_later_are_those_of_the_policy(place: Path) -
     assert summary["policy"]["normalised"] is not None
     assert [part for part, reused in heard.ended.items() if not reused] == ["evaluate"]
     assert Policy.load(folder).spec.ref_max_score == -150.0
+
+
+def named(place: Path, name: str, env_spec: EnvSpec) -> str:
+    """The log under another name, with another environment as its own."""
+    shutil.copytree(place / "minari" / LOG, place / "minari" / name)
+    metadata = place / "minari" / name / "data" / "metadata.json"
+    metadata.write_text(json.dumps({**json.loads(metadata.read_text()), "env_spec": env_spec.to_json(),
+                                    "dataset_id": name}))  # fmt: skip
+    return name
+
+
+def test_an_environment_that_does_not_fit_its_log_is_left_out_before_any_work(place: Path) -> None:
+    name = named(place, "test/strange-v0", gymnasium.spec("MountainCarContinuous-v0"))
+    planned = plan(name, settings(), run_dir=place / "runs" / "strange")
+    assert {row["step"]: row["state"] for row in planned["steps"]}["evaluate"] == "left out"
+    said = " ".join(planned["remarks"])
+    assert "no evaluation: the environment of test/strange-v0 does not fit the log" in said
+    assert "set evaluate.environment to the one that was logged" in said
+
+
+def test_episodes_without_a_limit_of_time_end_with_the_log_s(place: Path) -> None:
+    spec = gymnasium.spec("Pendulum-v1")
+    spec.max_episode_steps = None
+    name, free = named(place, "test/endless-v0", spec), settings("evaluate.max_steps=null")
+    folder = place / "runs" / "endless"
+    planned = plan(name, free, run_dir=folder)
+    assert "no limit of time: evaluated episodes are cut after 40 steps, as the log's are" in " ".join(
+        planned["remarks"]
+    )
+    expected = free.distill.snapshots * 40 * (ACT_SECONDS + free.evaluate.episodes * ENVIRONMENT_SECONDS)
+    assert planned["steps"][-1]["seconds"] == pytest.approx(expected + STARTUP_SECONDS, abs=0.051)
+    summary = run(name, free, run_dir=folder)
+    assert (summary["policy"]["length_mean"], summary["data"]["time_limit"]) == (40.0, 40)
+
+
+def test_workers_have_an_environment_that_the_script_registered(place: Path) -> None:
+    gymnasium.register("IpdTestMine-v0", "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=12)
+    mine = settings("evaluate.environment=IpdTestMine-v0", "evaluate.max_steps=null")
+    summary = run(LOG, mine, run_dir=place / "runs" / "mine")
+    del gymnasium.registry["IpdTestMine-v0"]
+    assert summary["policy"]["length_mean"] == 12.0
+    with pytest.raises(UserError, match="no Gymnasium id here"):
+        run(LOG, mine, run_dir=place / "runs" / "mine")
 
 
 def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 from method_fixtures import log_of
@@ -75,6 +77,40 @@ def test_an_environment_whose_actions_reach_farther_than_the_log_s(bounds: tuple
     config = load("demo", overrides=["evaluate.environment=Pendulum-v1"])
     found = " ".join(remarks(config, transitions([20, 30], low=bounds[0], high=bounds[1])))
     assert ("takes actions from -2 to 2, the log's lie from 0 to 1" in found) == said
+
+
+def own(t: Transitions, **changes: Any) -> Transitions:
+    """The log with Pendulum as its own environment."""
+    spec = gymnasium.spec("Pendulum-v1")
+    spec.max_episode_steps = changes.pop("max_episode_steps", 200)
+    return replace(t, spec=replace(t.spec, env_spec=spec.to_json()))
+
+
+def test_the_log_s_own_environment_is_looked_at_like_another():
+    found = " ".join(remarks(load("demo"), own(transitions([20, 30], low=0.0, high=1.0))))
+    assert "the log's environment takes actions from -2 to 2, the log's lie from 0 to 1" in found
+    strange = own(transitions([20, 30]))
+    strange = replace(strange, spec=replace(strange.spec, action_shape=[1, 1]))
+    found = " ".join(remarks(load("demo"), strange))
+    assert "there will be no evaluation: the environment of test/by-hand-v0 does not fit the log" in found
+
+
+@pytest.mark.parametrize(
+    ("limit", "terminated", "asked", "said"),
+    [
+        (None, False, [], "shows no limit of time: evaluated episodes are cut after 30 steps, as the log's are"),
+        (10**6, False, [], "shows no limit of time: evaluated episodes are cut after 30 steps, as the log's are"),
+        (None, True, [], "are cut after 1,000 steps, the log's longest ended itself after 30"),
+        (200, False, [], "cuts episodes after 200 steps, the log's are cut after 30: the returns will not compare"),
+        (200, True, [], None),
+        (31, False, [], None),
+        (200, False, ["evaluate.max_steps=200"], None),
+    ],
+)
+def test_other_limits_of_time_than_the_log_s(limit: int | None, terminated: bool, asked: list[str], said: str | None):
+    t = own(transitions([20, 30], terminated=terminated), max_episode_steps=limit)
+    found = " ".join(remarks(load("demo", overrides=asked), t))
+    assert said in found if said else "cut" not in found
 
 
 def test_full_sizes_on_a_cpu_are_remarked_on():

@@ -94,7 +94,7 @@ def refused(*words: str) -> str:
         (["world_model.termination=no_such_module:ends"], ["no_such_module", "PYTHONPATH"]),
         (["evaluate.environment=Pendulm-v1"], ["Pendulm-v1", "Pendulum-v1"]),
         (["evaluate.environment=CartPole-v1"], ["evaluate.environment=CartPole-v1", "Discrete(2)"]),
-        (["evaluate.environment=MountainCarContinuous-v0"], ["have 2 entries", "the log's 3"]),
+        (["evaluate.environment=MountainCarContinuous-v0"], ["(2,)", "the log's is Box of shape (3,)"]),
     ],
 )
 def test_a_wrong_setting(words: list[str], parts: list[str]) -> None:

@@ -25,6 +25,7 @@ step is dropped.
 
 from __future__ import annotations
 
+import importlib
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -365,12 +366,15 @@ def _environment(env_id: str | None) -> tuple[str | None, tuple[Any, Any] | None
     """Return JSON of the spec, the spaces where the environment can be made, and warnings."""
     if env_id is None:
         return None, None, ["no environment is named: evaluation will need evaluate.environment."]
+    package, _, known = env_id.rpartition(":")
     try:
-        spec = gymnasium.spec(env_id)
-    except gymnasium.error.Error as error:
+        if package:
+            importlib.import_module(package)
+        spec = gymnasium.spec(known)
+    except (gymnasium.error.Error, ImportError) as error:
         raise UserError(
-            f"environment {env_id!r} is not known to Gymnasium ({error}).{near_name(env_id, gymnasium.registry)} "
-            "Install its package, or leave the environment out."
+            f"environment {env_id!r} is not known to Gymnasium ({error}).{near_name(known, gymnasium.registry)} "
+            f"Install its package, name the module that registers it (package:{known}), or leave the environment out."
         ) from error
     try:
         env = gymnasium.make(env_id)

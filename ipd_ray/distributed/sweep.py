@@ -41,7 +41,7 @@ from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import imagined_returns
-from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker, evaluate
+from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Parts
@@ -157,7 +157,7 @@ def _check_folder(folder: Sweep) -> None:
 def _decided(question: Question, base: RunConfig, transitions: Transitions) -> Question:
     """The question with its objective. Raises UserError for one that cannot be had, or compares no trials."""
     try:
-        environment_maker(transitions.spec, base.evaluate.environment)
+        arena_of(transitions, base.evaluate)
         missing = None
     except NoEnvironment as error:
         missing = str(error)
@@ -647,11 +647,13 @@ class _Rungs(_Heard):
         config, job = self._config, api.job_of(self._run, imagined=False)
         acting, described = job.acting(tensors)
         device, shown = device_here(resolve_device(config.runtime.device)), config.evaluate
-        policy = Policy(described, acting, device, candidates=shown.candidates, candidate_std=shown.candidate_std)
+        ranked: dict[str, Any] = {"candidates": shown.candidates, "candidate_std": shown.candidate_std}
         try:
-            environment_maker(policy.spec, config.evaluate.environment)
-            return float(evaluate(policy, config.evaluate)["return_mean"])
+            arena = arena_of(job.log.load().transitions, shown)
+            policy = Policy({**described, "spec": asdict(arena.spec)}, acting, device, **ranked)
+            return float(evaluate(policy, arena.config)["return_mean"])
         except NoEnvironment:
+            policy = Policy(described, acting, device, **ranked)
             world_model, kind = str(self._run.artifact("world_model")), config.imagine.uncertainty
             threshold = known_threshold(world_model, kind, config.choose.known)
             returns, *_ = imagined_returns(

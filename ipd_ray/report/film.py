@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ipd_ray.environment import variables
+from ipd_ray.errors import UserError
 
 FRAMES = 10
 _WIDTH = 220
@@ -53,18 +54,25 @@ def film(
     policy: a policy artifact. environment, seed, max_steps, candidates, candidate_std: as in the evaluation. seconds:
     what the episode may take.
     """
+    from ipd_ray.evaluate.episodes import portable
+
+    try:
+        env_spec, function = portable(_environment_text(policy) or None, environment)
+    except UserError as error:
+        return str(error)
     task: dict[str, Any] = {
         "policy": str(policy),
-        "environment": environment,
+        "environment": function,
+        "env_spec": env_spec,
         "seed": seed,
         "max_steps": max_steps,
         "candidates": candidates,
         "candidate_std": candidate_std,
         "seconds": seconds,
     }
-    if environment is None and not _environment_text(policy):
+    if function is None and env_spec is None:
         return "the dataset names no environment; evaluate.environment gives one"
-    if environment is None and _is_plain(policy):
+    if env_spec and _is_plain(env_spec):
         with variables(_QUIET), _one_thread():
             return record_or_reason(**task)
     if "MUJOCO_GL" in os.environ or "DISPLAY" in os.environ or sys.platform != "linux":
@@ -72,7 +80,7 @@ def film(
     reasons = []
     for gl in ("egl", "osmesa"):
         found = _in_process(task, {**_QUIET, "MUJOCO_GL": gl}, seconds)
-        if isinstance(found, Film) or "mujoco" not in _environment_text(policy):
+        if isinstance(found, Film) or "mujoco" not in (env_spec or ""):
             return found
         reasons.append(f"{gl}: {found}")
     return "; ".join(reasons)
@@ -85,9 +93,9 @@ def _environment_text(policy: Path) -> str:
         return ""
 
 
-def _is_plain(policy: Path) -> bool:
+def _is_plain(env_spec: str) -> bool:
     try:
-        return str(json.loads(_environment_text(policy) or "{}").get("entry_point", "")).startswith(_PLAIN)
+        return str(json.loads(env_spec).get("entry_point", "")).startswith(_PLAIN)
     except (ValueError, AttributeError):
         return False
 
@@ -128,16 +136,17 @@ def record_or_reason(
 
 
 def record(
-    policy: str, environment: str | None, seed: int, max_steps: int | None, seconds: float, *, candidates: int = 1,
-    candidate_std: float = 0.1,
+    policy: str, environment: str | None, seed: int, max_steps: int | None, seconds: float, *,
+    env_spec: str | None = None, candidates: int = 1, candidate_std: float = 0.1,
 ) -> Film | str:
-    """Play one episode and keep evenly spaced frames."""
+    """Play one episode and keep evenly spaced frames. env_spec: where it is not the policy's own."""
     from ipd_ray.evaluate.acting import Policy
     from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker
 
     acting = Policy.load(policy, device="cpu", candidates=candidates, candidate_std=candidate_std)
+    spec = replace(acting.spec, env_spec=env_spec or acting.spec.env_spec)
     try:
-        make = environment_maker(acting.spec, environment, max_steps)
+        make = environment_maker(spec, environment, max_steps)
     except NoEnvironment as error:
         return str(error)
     env = make(render_mode="rgb_array")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ipd_ray.report.source import VARIANTS, View, number, readable
+from ipd_ray.runs import MUCH_LONGER
 
 MIN_UNCERTAINTY_RANK = 0.2
 MIN_ACCEPT_RATE = 0.02
@@ -43,8 +44,17 @@ def _scores(view: View) -> list[Finding]:
     mean, std, episodes = number(policy, "return_mean"), number(policy, "return_std"), number(policy, "episodes")
     if mean is None:
         return [Finding(False, "returns", "The policy has no score: everything below is offline evidence only.")]
-    base = number(data, "return_mean")
-    if base is not None and mean <= base:
+    base, length, limit = number(data, "return_mean"), number(policy, "length_mean"), number(data, "time_limit")
+    if length is not None and limit is not None and length > MUCH_LONGER * limit:
+        out.append(
+            Finding(
+                True,
+                "returns",
+                f"The policy's returns do not compare with those of its data: evaluated episodes last {length:,.0f} "
+                f"steps, the log's are cut after {limit:,.0f}: set evaluate.max_steps={limit:.0f}.",
+            )
+        )
+    elif base is not None and mean <= base:
         out.append(
             Finding(
                 True,

@@ -415,8 +415,9 @@ def _film_section(view: View) -> str:
     which = (
         "The first evaluation episode" if returns is None else "The evaluation episode of median return, played again"
     )
+    limit = view.diagnostics("evaluate").get("max_steps", s.get("evaluate.max_steps"))
     found = film(
-        folder, s.get("evaluate.environment"), seed, s.get("evaluate.max_steps"),
+        folder, s.get("evaluate.environment"), seed, limit,
         candidates=s.get("evaluate.candidates", 1), candidate_std=s.get("evaluate.candidate_std", 0.1),
     )
     if not isinstance(found, Film):

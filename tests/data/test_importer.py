@@ -190,8 +190,20 @@ def test_another_environments_log_is_refused(tmp_path: Path):
 
 
 def test_an_unknown_environment_gets_near_names(tmp_path: Path):
-    with pytest.raises(UserError, match="Did you mean 'Pendulum-v1'"):
+    with pytest.raises(UserError, match=r"Did you mean 'Pendulum-v1'.*name the module .*\(package:Pendulun-v1\)"):
         read(npz(tmp_path), env_id="Pendulun-v1")
+
+
+def test_the_package_that_registers_an_environment_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = "gymnasium.envs.classic_control:Continuous_MountainCarEnv"
+    (tmp_path / "ipd_test_cars.py").write_text(
+        f"import gymnasium\n\ngymnasium.register('IpdTestCar-v0', entry_point='{entry}')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    log = read(npz(tmp_path), env_id="ipd_test_cars:IpdTestCar-v0")
+    assert entry in str(log.env_spec) and log.bounds_from == "environment"
+    with pytest.raises(UserError, match=r"not known to Gymnasium .*no_such_cars"):
+        read(npz(tmp_path), env_id="no_such_cars:IpdTestCar-v0")
 
 
 def test_actions_beyond_the_bounds_are_counted(tmp_path: Path):

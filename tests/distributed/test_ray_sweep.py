@@ -170,8 +170,8 @@ def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: P
     ({"space": {"choose.length": (10, 20)}, "scheduler": "asha"}, r"changes what imagined .*scheduler: none"),
 ])
 def test_without_an_environment_the_measures_that_are_taken_instead_are_looked_at(asked: dict[str, Any], said: str):
-    from ipd_ray.checks import NO_SPEC
     from ipd_ray.distributed.sweep import _decided
+    from ipd_ray.evaluate.episodes import NO_SPEC
 
     log: Any = SimpleNamespace(spec=NO_SPEC)
     with pytest.raises(UserError, match=said):
@@ -189,7 +189,7 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(done: tuple[Path, dict
         assert answer["ranking"] == [1]
         failed, whole = Sweep(tmp_path / "sweep").records()
         assert (failed["state"], whole["state"]) == ("failed", "done")
-        assert "Traceback" in failed["traceback"] and "check_environment" in failed["traceback"]
+        assert "Traceback" in failed["traceback"] and "arena_of" in failed["traceback"]
         kept.append((tmp_path / "sweep" / "trials" / "001-seed0.json").stat().st_mtime_ns)
     assert kept[0] == kept[1]  # what is done is not done again
     page = (tmp_path / "sweep" / "report.html").read_text()

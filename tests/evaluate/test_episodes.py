@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from method_fixtures import spec_of
+from method_fixtures import log_of, spec_of
 
 from ipd_ray.config import EvaluateConfig
-from ipd_ray.data.transitions import Spec
+from ipd_ray.data.transitions import Spec, Transitions
 from ipd_ray.errors import UserError
-from ipd_ray.evaluate.episodes import NoEnvironment, environment_maker, evaluate
+from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, environment_maker, evaluate, portable
 
 ID = "IpdTestStairs-v0"
 
@@ -129,15 +130,97 @@ def test_a_log_without_an_environment_says_how_to_give_one():
         environment_maker(half().spec, None)
 
 
+def log(*lengths: int, ended: bool = False, **changes: Any) -> Transitions:
+    """Episodes of these lengths, of one entry and one action; ended: by themselves."""
+    found = log_of([(np.zeros((n + 1, 1)), np.zeros((n, 1)), np.ones(n), ended) for n in lengths]).transitions
+    return replace(found, spec=spec_of(1, 1, **changes))
+
+
 def test_an_environment_that_is_not_installed_is_no_environment():
-    spec = half(env_spec=gym.spec(ID).to_json().replace("Stairs", "Gone")).spec
+    gone = gym.spec(ID).to_json().replace("Stairs", "Gone")
     with pytest.raises(NoEnvironment, match="the environment of test/by-hand-v0 cannot be made here"):
-        environment_maker(spec, None)
+        arena_of(log(3, 4, env_spec=gone), EvaluateConfig())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("Pendulum-v1", r"its observation space is Box\(.*\(3,\).*, the log's is Box of shape \(1,\)"),
+        ("CartPole-v1", r"its action space is Discrete\(2\), the log's has shape \(1,\)"),
+    ],
+)
+def test_an_environment_that_is_not_the_log_s_own_is_no_environment(other: str, said: str):
+    strange = log(3, 4, env_spec=gym.spec(other).to_json())
+    with pytest.raises(NoEnvironment, match=f"test/by-hand-v0 does not fit the log: {said}: set evaluate.environment"):
+        arena_of(strange, EvaluateConfig())
+    with pytest.raises(UserError, match=f"evaluate.environment={other} does not fit the log: {said}"):
+        arena_of(log(3, 4, env_spec=gym.spec(ID).to_json()), EvaluateConfig(environment=other))
+
+
+@pytest.mark.parametrize(
+    ("own", "ended", "asked", "steps"),
+    [
+        (None, False, None, 7),  # the log's
+        (10**6, False, None, 7),  # as good as none
+        (None, True, None, 1000),  # of the log's nothing is known
+        (50, False, None, 50),
+        (50, True, None, 50),
+        (None, False, 9, 9),
+        (50, False, 90, 90),
+    ],
+)
+def test_an_episode_s_limit_is_the_user_s_or_the_environment_s_or_the_log_s(
+    own: int | None, ended: bool, asked: int | None, steps: int
+):
+    spec = gym.spec(ID)
+    spec.max_episode_steps = own
+    found = arena_of(log(4, 7, ended=ended, env_spec=spec.to_json()), EvaluateConfig(max_steps=asked))
+    assert found.config.max_steps == steps
+    assert found.own_limit == (own if own == 50 else None)
+
+
+def limited() -> Any:
+    return gym.wrappers.TimeLimit(Stairs(longest=30), 12)
+
+
+def test_a_users_own_limit_of_time_is_seen():
+    found = arena_of(log(4, 7), EvaluateConfig(environment="test_episodes:limited"))
+    assert (found.own_limit, found.config.max_steps, found.config.environment) == (12, 12, "test_episodes:limited")
+
+
+def test_what_is_registered_here_alone_is_found_by_who_knows_nothing_of_it():
+    gym.register("IpdTestHere-v0", entry_point="test_episodes:Stairs", kwargs={"longest": 3})
+    arena = arena_of(log(4, 7), EvaluateConfig(environment="IpdTestHere-v0", episodes=2))
+    del gym.registry["IpdTestHere-v0"]
+    assert evaluate(Half(arena.spec), arena.config)["lengths"] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("entry", "arguments"), [(Stairs, {}), ("__main__:Stairs", {}), ("test_episodes:Stairs", {"longest": {1, 2}})]
+)
+def test_what_workers_cannot_have_is_refused(entry: Any, arguments: dict[str, Any]):
+    gym.register("IpdTestHere-v0", entry_point=entry, kwargs=arguments)
+    try:
+        with pytest.raises(UserError, match=r"IpdTestHere-v0 is registered with .*=module:function, or =package:Na"):
+            portable(None, "IpdTestHere-v0")
+    finally:
+        del gym.registry["IpdTestHere-v0"]
+    with pytest.raises(UserError, match="environment=__main__:make: workers have no part in this script"):
+        portable(None, "__main__:make")
 
 
 def test_a_mistyped_environment_names_the_near_one():
-    with pytest.raises(UserError, match=f"'IpdTestStair-v0' is no Gymnasium id here.*'{ID}'"):
+    with pytest.raises(UserError, match=f"'IpdTestStair-v0' is no Gymnasium id here.*'{ID}'.*package:IpdTestStair-v0"):
         environment_maker(half().spec, "IpdTestStair-v0")
+
+
+def test_the_package_that_registers_an_environment_may_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "ipd_test_package.py").write_text(
+        "import gymnasium\n\ngymnasium.register('IpdTestPackage-v0', entry_point='test_episodes:Stairs')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run(half(), environment="ipd_test_package:IpdTestPackage-v0")["lengths"] == [2, 3, 4]
+    del gym.registry["IpdTestPackage-v0"]
 
 
 def test_another_action_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -291,6 +291,17 @@ def test_a_policy_below_its_data_or_its_ablation_is_read_first(tmp_path):
     assert "V promises more than the policy collects" in first
 
 
+@pytest.mark.parametrize(("length", "said"), [(10.0, False), (11.0, False), (12.0, True)])
+def test_returns_of_longer_episodes_are_not_compared_with_the_data_s(tmp_path, length, said):
+    run = write_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["data"]["time_limit"] = 10
+    (run / "summary.json").write_text(json.dumps({**summary, "policy": {**scores(2.0), "length_mean": length}}))
+    first = " ".join(f.text for f in findings(open_views([run])[0]) if f.warning)
+    assert ("last 12 steps, the log's are cut after 10: set evaluate.max_steps=10" in first) == said
+    assert ("no better than the mean of its data" in first) != said
+
+
 @pytest.mark.parametrize(
     ("part", "where", "said"),
     [
@@ -410,8 +421,10 @@ def test_no_film_has_a_reason(tmp_path):
 
 
 def test_an_environment_that_may_crash_is_filmed_in_a_process_of_its_own(tmp_path):
-    found = film(write_policy(tmp_path / "policy"), "Pendulum-v1", seed=3, max_steps=5)
-    assert isinstance(found, Film)
+    gym.register("IpdTestFilm-v0", entry_point="gymnasium:make", kwargs={"id": "Pendulum-v1"})  # in this process alone
+    found = film(write_policy(tmp_path / "policy"), "IpdTestFilm-v0", seed=3, max_steps=5)
+    del gym.registry["IpdTestFilm-v0"]
+    assert isinstance(found, Film), found
     assert found.steps == [0, 1, 2, 3, 4, 5]
 
 
