@@ -249,6 +249,13 @@ class _Begun:
                 record.progress(row["part"], row["step"], row["total"], _numbers(row))
         heard = Listeners([*records, others])
         context = replace(self.context, listener=heard)
+        kept = False
+
+        def keep_policy() -> None:
+            nonlocal kept
+            copy_policy(context, folder)
+            kept = True
+
         try:
             heard.note(
                 f"{transitions.spec.dataset}: {transitions.episodes:,} episodes, {len(transitions):,} steps; seed "
@@ -257,11 +264,16 @@ class _Begun:
             for remark in [*replaced, *remarks(config, transitions, self.until)]:
                 heard.note(f"note: {remark}")
             try:
-                run_until(context, self.until)
+                run_until(context, self.until, keep_policy)
             finally:
                 self._links()
             summary = self._finish(context)
         except BaseException as error:
+            if kept:
+                error.__notes__ = [  # as add_note does, from Python 3.11 on
+                    f'The policy is there all the same: Policy.load("{near(folder)}"). The same command goes on with '
+                    "what is left, its scores; `ipd-ray choose` (until=choose) ends without them."
+                ]
             with suppress(OSError):
                 records[0].note(f"stopped by {type(error).__name__}: {error}")
             raise
@@ -273,8 +285,6 @@ class _Begun:
         return summary
 
     def _finish(self, context: Context) -> dict[str, Any]:
-        with suppress(FileNotFoundError):  # until is before distill
-            copy_policy(context, self.folder)
         summary = {**summarise(context), "run_dir": str(self.folder)}
         write_atomic(self.folder.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         self.folder.push([SUMMARY])

@@ -67,6 +67,7 @@ def answers(command: F) -> F:
         try:
             return command(*args, **kwargs)
         except BaseException as error:
+            notes = vars(error).pop("__notes__", [])  # said last, not in the midst of a traceback
             # What a signal raises inside Ray's compiled code comes out as the cause of a SystemError.
             reason = error.__cause__ if isinstance(error, SystemError) else error
             if isinstance(reason, (KeyboardInterrupt, Terminated)):
@@ -74,15 +75,23 @@ def answers(command: F) -> F:
                     "\nStopped. What is finished is kept; the same command goes on from there:\n  "
                     f"{shlex.join(['ipd-ray', *sys.argv[1:]])}"
                 )
+                _say_all(notes)
                 raise typer.Exit(130 if isinstance(reason, KeyboardInterrupt) else 143) from None
             if not isinstance(error, Exception):
                 raise
             if isinstance(error, BrokenPipeError):  # who reads has gone, such as `| head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(128 + signal.SIGPIPE) from None
-            raise typer.Exit(_explain(error)) from None
+            code = _explain(error)
+            _say_all(notes)
+            raise typer.Exit(code) from None
 
     return answering  # type: ignore[return-value]
+
+
+def _say_all(texts: Sequence[str]) -> None:
+    for text in texts:
+        _say(text)
 
 
 def _explain(error: Exception) -> int:

@@ -260,8 +260,9 @@ class Context:
         )
 
 
-def run_until(context: Context, last: str = "evaluate") -> None:
-    """The method. Each step is reused where its key is in the store."""
+def run_until(context: Context, last: str, learned: Callable[[], None]) -> None:
+    """The method. Each step is reused where its key is in the store. learned: called once there is a policy, before it
+    is scored."""
     needed = {part.step for part in context.parts.until(last)}
     learn_values_and_world_model(context, also_world_model="world_model" in needed)
     if "reach" in needed:
@@ -274,6 +275,8 @@ def run_until(context: Context, last: str = "evaluate") -> None:
         distill(context, variant)
     if "choose" in needed:
         choose(context)
+    if "distill" in needed:
+        learned()
     if "fitted_q" in needed:
         evaluate_offline(context)
     for variant in context.parts.evaluate if "evaluate" in needed else ():

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 from small_runs import LOG, SETTINGS, write_log
+from typer.testing import CliRunner
 
 import ipd_ray.report
 from ipd_ray import Policy, RunConfig, run
 from ipd_ray.api import plan
 from ipd_ray.artifacts import Artifact, read_jsonl
+from ipd_ray.cli import app
 from ipd_ray.config import load
 from ipd_ray.engine import LocalEngine
 from ipd_ray.errors import UserError
@@ -297,6 +299,25 @@ def test_workers_have_an_environment_that_the_script_registered(place: Path) -> 
     assert summary["policy"]["length_mean"] == 12.0
     with pytest.raises(UserError, match="no Gymnasium id here"):
         run(LOG, mine, run_dir=place / "runs" / "mine")
+
+
+def test_a_failing_evaluation_leaves_the_policy_and_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "failing_pendulum.py").write_text(
+        "from gymnasium.envs.classic_control import PendulumEnv\n\n"
+        "class Failing(PendulumEnv):\n    def step(self, action):\n        raise RuntimeError('licence is gone')\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    folder = place / "runs" / "failing"
+    result = CliRunner().invoke(
+        app, ["run", LOG, *SETTINGS, "evaluate.environment=failing_pendulum:Failing", "--run-dir", str(folder)]
+    )
+    assert result.exit_code == 1 and not (folder / "summary.json").exists()
+    *_, error, note = result.stderr.strip().splitlines()
+    assert error == "error: RuntimeError: licence is gone"
+    assert note.startswith(f'The policy is there all the same: Policy.load("{folder}")')
+    assert Policy.load(folder).act(np.zeros(3, np.float32)).shape == (1,)
+    assert "ipd-ray choose" in note
+    assert "chosen" in run(LOG, settings(), run_dir=folder, until="choose")
 
 
 def summary_states(place: Path, folder: Path) -> list[dict[str, str]]:
