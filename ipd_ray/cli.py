@@ -248,7 +248,8 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         if name in summary:
             s = summary[name]
             score = f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over {s['episodes']} episodes"
-            rows.append((name.replace("_", " "), score + _normalised(s)))
+            reached = f"   success {100 * s['success']:.0f} %" if s.get("success") is not None else ""
+            rows.append((name.replace("_", " "), score + _normalised(s) + reached))
     if chosen := summary.get("chosen"):
         made = f"distilled {plans_in(summary)} plans"
         rows.append(("chosen", f"{made}, {chosen['step']:,} updates; none is clearly better in imagination"))
@@ -264,7 +265,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
     if "policy" in summary:
         s = summary["policy"]
         kept = f"{s['value_at_start']:,.1f} expected at the start, {s['discounted_mean']:,.1f} collected"
-        rows.append(("value", f"{kept} (discounted)"))
+        rows.append(("value", f"{kept} (discounted, where time was up with V of what follows)"))
     if offline := summary.get("fitted_q"):
         value = f"{offline['value_mean']:,.1f} ± {offline['value_sem']:,.1f}, {offline['log_value']:,.1f} in the log"
         rows.append(("fitted Q", f"{value} (discounted, {offline['episodes']} held-out episodes; a proxy)"))

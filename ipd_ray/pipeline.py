@@ -537,7 +537,7 @@ def summarise(context: Context) -> dict[str, Any]:
         if part.name in found:
             scores = found[part.name].diagnostics
             where = "policy" if variant == "ipd" else variant
-            shown = ("return_mean", "return_std", "normalised", "episodes", "length_mean")
+            shown = ("return_mean", "return_std", "normalised", "success", "episodes", "length_mean")
             summary[where] = {k: scores[k] for k in (*shown, "discounted_mean", "value_at_start")}
             best = scores["best"]
             summary[where]["best"] = {k: best[k] for k in ("step", "return_mean", "normalised")}

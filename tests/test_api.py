@@ -289,6 +289,7 @@ def test_episodes_without_a_limit_of_time_end_with_the_log_s(place: Path) -> Non
     assert planned["steps"][-1]["seconds"] == pytest.approx(expected + STARTUP_SECONDS, abs=0.051)
     summary = run(name, free, run_dir=folder)
     assert (summary["policy"]["length_mean"], summary["data"]["time_limit"]) == (40.0, 40)
+    assert summary["policy"]["success"] is None
 
 
 def test_workers_have_an_environment_that_the_script_registered(place: Path) -> None:

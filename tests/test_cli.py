@@ -15,7 +15,7 @@ import yaml
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 from typer.testing import CliRunner, Result
 
-from ipd_ray.cli import app
+from ipd_ray.cli import _summary_table, app
 from ipd_ray.config import as_yaml, field_names, load
 from ipd_ray.data.minari_source import load as load_log
 
@@ -72,6 +72,14 @@ def test_run_prints_one_document_on_stdout_and_the_rest_on_stderr(place: Path) -
     for label in ("data  ", "policy  ", "bc  ", "imagined  ", "value  ", "time  ", "report  "):
         assert f"\n{label}" in said
     assert "\x1b" not in said and 'Policy.load("runs/mine")' in said
+
+
+def test_the_share_of_episodes_that_succeed_is_beside_the_return(place: Path) -> None:
+    summary = json.loads((place / "stdout").read_text())
+    assert "success" not in _summary_table(summary)
+    summary["policy"]["success"] = 0.45
+    line = next(line for line in _summary_table(summary).splitlines() if line.startswith("policy "))
+    assert line.endswith("success 45 %")
 
 
 def test_dry_run_says_what_is_reused_and_does_nothing(place: Path) -> None:

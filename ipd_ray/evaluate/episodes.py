@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from ipd_ray.config import EvaluateConfig
-from ipd_ray.data.transitions import Spec, Transitions
+from ipd_ray.data.transitions import Bools, Spec, Transitions
 from ipd_ray.errors import UserError, first_line, near_name
 from ipd_ray.world_model.termination import import_dotted
 
@@ -26,6 +26,8 @@ STEP_LIMIT = 100_000
 _UNENDING = 10
 """Lengths of the log's longest episode, and a thousand steps at least, after which an episode is cut where neither log
 nor environment shows a limit of time."""
+_SUCCESS = ("success", "is_success")
+"""What environments with goals call it in their infos."""
 NO_SPEC = Spec("", {}, [], [], [], "")
 """For an environment by name, without a log."""
 
@@ -204,6 +206,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run the policy for `episodes` whole episodes in float32 and return raw and normalised scores.
 
+    `success` is the share of episodes in which the environment's infos ever say so, None where they never speak of it.
+    `discounted_mean` is of what `value_at_start` promises: where time is up, V of the last observation is what follows.
     progress: called now and then with (steps done, share of episodes ended).
     """
     make = environment_maker(policy.spec, config.environment, config.max_steps)
@@ -217,17 +221,23 @@ def evaluate(
         observation, _ = envs.reset(seed=[config.seed + i for i in range(n)])
         policy.reset()
         total, discounted, length = np.zeros(n), np.zeros(n), np.zeros(n, np.int64)
-        running = np.ones(n, bool)
+        running, successes, has_goals = np.ones(n, bool), np.zeros(n, bool), False
         reward: Any = None
         value_at_start = policy.value(observation)
         steps = 0
         while running.any() and steps < limit:
             action = policy.act(observation, reward)
-            observation, reward, terminated, truncated, _ = envs.step(action)
+            observation, reward, terminated, truncated, infos = envs.step(action)
             total += reward * running
             discounted += policy.discount**steps * reward * running
             length += running
             steps += 1
+            cut = running & ~terminated & (truncated | (steps == limit))
+            if cut.any():
+                discounted += policy.discount**steps * np.where(cut, policy.value(observation), 0.0)
+            told, reached = _goals(infos, n)
+            has_goals |= bool((told & running).any())  # the rows of ended episodes have the infos of another
+            successes |= told & running & reached
             running &= ~(terminated | truncated)
             if progress and steps % 50 == 0:
                 progress(steps, 1.0 - float(running.mean()))
@@ -244,6 +254,18 @@ def evaluate(
         "max_steps": config.max_steps,
         "episodes": n,
         "normalised": float(np.mean(known)) if known else None,
+        "success": float(successes.mean()) if has_goals else None,
+        "successes": successes.tolist() if has_goals else None,
         "discounted_mean": float(discounted.mean()),
         "value_at_start": float(value_at_start.mean()),
     }
+
+
+def _goals(infos: Mapping[str, Any], n: int) -> tuple[Bools, Bools]:
+    """Return which of n rows say whether their goal is reached, and which say yes."""
+    told, reached = np.zeros(n, bool), np.zeros(n, bool)
+    for name in _SUCCESS:
+        if isinstance(found := infos.get(name), np.ndarray):
+            told |= infos[f"_{name}"]
+            reached |= infos[f"_{name}"] & found.reshape(n, -1).astype(bool).any(1)
+    return told, reached

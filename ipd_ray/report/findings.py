@@ -14,7 +14,7 @@ MIN_ACCEPT_RATE = 0.02
 MAX_DECILE_GAP = 1.0
 """V - G of the most promising tenth, in spreads of the return."""
 MAX_START_GAP = 1.0
-"""V(s_0) over the discounted return that the policy collected, in spreads of the data's."""
+"""V(s_0) over the discounted return of the policy (V of what follows where time was up), in spreads of the data's."""
 MIN_EPISODES = 10
 MAX_HALTED = 0.5
 """Of the episodes inside the world model, of the candidate that is halted least."""
@@ -91,7 +91,7 @@ def _scores(view: View) -> list[Finding]:
                 True,
                 "values",
                 f"V promises {more} than the policy collects: V at the start is {readable(promised)}, the "
-                "discounted return "
+                "discounted return, where time was up with V of what follows, "
                 f"{readable(collected)}, which is {abs(promised - collected) / spread:.1f} times the spread of "
                 "the data's.",
             )

@@ -114,6 +114,10 @@ def _headline(views: Sequence[View]) -> str:
         value = number(view.summary.get(variant, {}), "normalised")
         return None if value is None else f"{value:.1f}"
 
+    def success(view: View, variant: str) -> str | None:
+        value = number(view.summary.get(variant, {}), "success")
+        return None if value is None else percent(value)
+
     def data(view: View, name: str) -> str | None:
         value = number(view.summary.get("data", {}), name)
         return None if value is None else readable(value)
@@ -126,6 +130,8 @@ def _headline(views: Sequence[View]) -> str:
     for variant, name in VARIANTS.items():
         add("Return", name, partial(score, variant=variant), variant == "policy")
     add("Return", "episodes evaluated", lambda v: maybe(number(v.summary.get("policy", {}), "episodes")))
+    for variant, name in VARIANTS.items():
+        add("Episodes that succeed", name, partial(success, variant=variant), variant == "policy")
     add("Normalised (0 to 100)", "data, mean", partial(normalised, variant="data"))
     for variant, name in VARIANTS.items():
         add("Normalised (0 to 100)", name, partial(normalised, variant=variant), variant == "policy")

@@ -40,6 +40,18 @@ class Stairs(gym.Env[Any, Any]):
         return np.full(1, self._step, np.float32), self._step + float(action[0]), ended, False, {}
 
 
+class Goal(Stairs):
+    """Step 3 reaches the goal, step 4 has left it. Whoever begins says that of the goal before."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        return super().reset(seed=seed)[0], {"is_success": np.bool_(True)}
+
+    def step(self, action: Any) -> Any:
+        observation, reward, ended, _, _ = super().step(action)
+        told = {"is_success": np.bool_(self._step == 3)} if self._step > 1 else {}
+        return observation, reward, ended, False, told
+
+
 class Half:
     """A policy that always acts with 0.5, and notes what it is told."""
 
@@ -106,6 +118,25 @@ def test_the_policy_sees_each_observation_with_the_reward_before_it():
 
 def test_an_episode_may_be_cut():
     assert run(half(), max_steps=3, seed=2)["lengths"] == [3, 2, 3]
+
+
+def test_v_follows_where_time_is_up_and_nothing_where_an_episode_ends_itself():
+    # Rewards 1.5, 2.5, 3.5, gamma 0.5. The first is cut after 3 steps, where V says 24 of observation 3, worth
+    # 24 / 8; the second ends itself after 2, the third after 3, in the step that would have cut it.
+    policy = half()
+    policy.value = lambda observation: 8.0 * observation[:, 0]
+    scores = run(policy, max_steps=3, seed=2)
+    assert scores["lengths"] == [3, 2, 3] and scores["length_mean"] == pytest.approx(8 / 3)
+    assert scores["discounted_mean"] == pytest.approx((3.625 + 3.0 + 2.75 + 3.625) / 3)
+
+
+def test_a_goal_counts_if_the_episode_ever_reaches_it():
+    # Lengths 2, 3, 4: the first is too short, the last leaves its goal again.
+    scores = run(half(), environment="test_episodes:Goal")
+    assert scores["successes"] == [False, True, True]
+    assert scores["success"] == pytest.approx(2 / 3)
+    plain = run(half())
+    assert plain["success"] is None and plain["successes"] is None
 
 
 def test_the_environment_of_the_log_is_found_again():

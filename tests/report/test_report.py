@@ -302,6 +302,15 @@ def test_returns_of_longer_episodes_are_not_compared_with_the_data_s(tmp_path, l
     assert ("no better than the mean of its data" in first) != said
 
 
+def test_the_share_of_episodes_that_succeed_is_beside_the_return(tmp_path, monkeypatch):
+    monkeypatch.setattr("ipd_ray.report.page.SECTIONS", ())
+    run = write_run(tmp_path / "run")
+    assert "succeed" not in section(page_of(run), "headline")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "policy": {**scores(2.0), "success": 0.45}}))
+    assert "Episodes that succeed" in (text := section(page_of(run), "headline")) and "45 %" in text
+
+
 @pytest.mark.parametrize(
     ("part", "where", "said"),
     [
