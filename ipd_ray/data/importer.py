@@ -54,6 +54,7 @@ USUAL = {
     "rewards": ("reward", "rews", "rew"), "terminals": ("terminated", "terminal", "dones", "done"),
 }
 """Names that a column may have elsewhere: asked about, never taken for granted."""
+OWN_BOUNDS = "the data's own smallest and largest values: the policy can never act beyond them"
 
 
 @dataclass(frozen=True)
@@ -420,10 +421,7 @@ def _bounds(
         bounds, source = [env_spaces[1].low, env_spaces[1].high], "environment"
     else:
         bounds, source = [actions.min(0), actions.max(0)], "data"
-        notes.append(
-            "action bounds are the data's own smallest and largest values: the policy can never act beyond them; give "
-            "--action-low and --action-high."
-        )
+        notes.append(f"action bounds are {OWN_BOUNDS}; give --action-low and --action-high.")
     least, most = (np.array(b, np.float64) for b in bounds)
     if not (np.isfinite([least, most]).all() and (least < most).all()):
         index = int(np.flatnonzero(~(np.isfinite(least) & np.isfinite(most) & (least < most)).ravel())[0])

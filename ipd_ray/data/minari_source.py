@@ -1,8 +1,9 @@
 """Reading Minari datasets into columns. Shapes: T steps, E episodes, O observation, A action.
 
 The storage is read column by column, without Minari's object an episode (a test holds the two equal). What is refused,
-since no step of the method could use it: actions other than a Box of finite bounds, and observations other than a Box
-or a Dict of them. An observation of dtype uint8 with two or more dimensions counts as an image.
+since no step of the method could use it: actions other than a Box, and observations other than a Box or a Dict of them.
+Where the Box of the actions has no bounds, the data's own stand for them. An observation of dtype uint8 with two or
+more dimensions counts as an image.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from numpy.typing import NDArray
 from ipd_ray.data.columns import columns_path, read_columns, write_columns
 from ipd_ray.data.demo import DEMO_ID, demo_root, make_demo
 from ipd_ray.data.export import ROOT_VARIABLE, datasets_path
+from ipd_ray.data.importer import OWN_BOUNDS
 from ipd_ray.data.transitions import Floats, Spec, Transitions, check
 from ipd_ray.errors import UserError, near_name
 from ipd_ray.files import write_atomic
@@ -225,24 +227,12 @@ def _spec(data: Path, metadata: Mapping[str, Any]) -> tuple[Spec, list[Path_]]:
 def _action_box(name: str, space: gymnasium.Space[Any]) -> spaces.Box:
     if not isinstance(space, spaces.Box):
         raise UserError(
-            f"dataset {name}: action space {space} must be a Box of finite bounds, since planning and Q's gradient "
-            "need continuous actions: log continuous actions, or choose another dataset."
+            f"dataset {name}: action space {space} must be a Box, since planning and Q's gradient need continuous "
+            "actions: log continuous actions, or choose another dataset."
         )
     if space.shape == () or 0 in space.shape:
         raise UserError(
             f"dataset {name}: action space {space} must have one dimension at least: reshape the actions, import them."
-        )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise UserError(
-            f"dataset {name}: action space {space} has infinite bounds, and actions are rescaled by them: import the "
-            "log again with finite ones (`ipd-ray data import` takes action bounds)."
-        )
-    if (high <= low).any():
-        index = int(np.flatnonzero((high <= low).ravel())[0])
-        raise UserError(
-            f"dataset {name}: action dimension {index} has low={low.ravel()[index]:g}, high={high.ravel()[index]:g}; "
-            "low must be below high: drop the dimension and import the log again."
         )
     return space
 
@@ -319,6 +309,7 @@ def _assemble(spec: Spec, leaves: list[Path_], columns: Columns) -> tuple[Transi
         notes.append(f"dataset {name}: {inner} termination or truncation flags lie inside episodes; they are ignored.")
 
     raw = np.concatenate(columns[("actions",)]).reshape(total, spec.action_dim)
+    spec = _bounded(spec, raw, notes)
     low, high = np.asarray(spec.action_low), np.asarray(spec.action_high)
     slack = 1e-4 * (high - low)
     if outside := int(((raw < low - slack) | (raw > high + slack)).any(1).sum()):
@@ -333,6 +324,29 @@ def _assemble(spec: Spec, leaves: list[Path_], columns: Columns) -> tuple[Transi
         spec=spec,
     )
     return transitions, notes
+
+
+def _bounded(spec: Spec, actions: NDArray[Any], notes: list[str]) -> Spec:
+    """Return the spec with finite action bounds, as actions are rescaled by them; the data's own where it has none.
+
+    actions: (T, A), in the environment's units; those that are not finite count for nothing here.
+    """
+    low, high = np.asarray(spec.action_low), np.asarray(spec.action_high)
+    if (missing := ~(np.isfinite(low) & np.isfinite(high))).any():
+        seen = actions[np.isfinite(actions).all(1)]
+        if len(seen):
+            low, high = np.where(np.isfinite(low), low, seen.min(0)), np.where(np.isfinite(high), high, seen.max(0))
+        notes.append(
+            f"dataset {spec.dataset}: {int(missing.sum())} of {len(low)} action dimensions have no bounds; taken are "
+            f"{OWN_BOUNDS}; where they are others, write the dataset with a Box of these."
+        )
+    if not (low < high).all():
+        index = int(np.flatnonzero(~(low < high))[0])
+        raise UserError(
+            f"dataset {spec.dataset}: action dimension {index} has low={low[index]:g}, high={high[index]:g}; low must "
+            "be below high: drop the dimension and import the log again."
+        )
+    return replace(spec, action_low=low.tolist(), action_high=high.tolist())
 
 
 def _floats(per_episode: list[NDArray[Any]]) -> Floats:
