@@ -450,8 +450,8 @@ def _check_order(file: str, ids: Array) -> None:
     if (lengths == 1).mean() < 0.5:
         return
     first: dict[Any, int] = {}
-    for start in starts.tolist():
-        if (name := ids[start].item()) in first:
+    for start, name in zip(starts.tolist(), ids[starts].tolist(), strict=True):
+        if name in first:
             raise UserError(
                 f"{file}: episode_ids {name!r} of row {first[name]} comes back in row {start}, and most rows change "
                 "the id: rows of an episode must lie together, in order; sort them by episode and step."

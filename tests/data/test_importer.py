@@ -334,6 +334,17 @@ def test_a_log_that_cannot_be_meant_is_refused(changes: dict[str, Any], message:
         read(npz(tmp_path, **changes), **BOUNDS)
 
 
+@pytest.mark.parametrize(("ids", "message"), [
+    (list("abababab"), "episode_ids 'a' of row 0 comes back in row 2, .*sort them"),
+    (list("abcdefgh"), "all 8 episodes are a single step"),
+])
+def test_ids_may_be_text(ids: list[str], message: str, tmp_path: Path):
+    columns = {name: column.tolist() for name, column in rows(timeouts=None, terminals=np.zeros(8, bool)).items()}
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "episode_ids": ids}), tmp_path / "log.parquet")
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "log.parquet", **BOUNDS)
+
+
 def test_files_grouped_by_episode_are_told_from_a_typo(tmp_path: Path):
     with h5py.File(tmp_path / "log.h5", "w") as file:
         for episode in range(3):
