@@ -18,6 +18,7 @@ import typer
 
 from ipd_ray.text import answer as _print
 from ipd_ray.text import answer_json as _print_json
+from ipd_ray.text import counted, readable
 from ipd_ray.text import say as _say
 from ipd_ray.text import table as _table
 
@@ -240,14 +241,16 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
 
     data, folder = summary["data"], Folder.of(summary["run_dir"])
     size = f"{data['episodes']:,} episodes, {data['steps']:,} steps"
+    returns = f"return mean {readable(data['return_mean'])}, best {readable(data['return_max'])}"
     rows = [
         ("dataset", f"{summary['dataset']}, {size}; seed {summary['seed']}"),
-        ("data", f"return mean {data['return_mean']:,.1f}, best {data['return_max']:,.1f}{_normalised(data)}"),
+        ("data", returns + _normalised(data)),
     ]
     for name in ("policy", "bc", "no_imagination"):
         if name in summary:
             s = summary[name]
-            score = f"return {s['return_mean']:,.1f} ± {s['return_std']:,.1f} over {s['episodes']} episodes"
+            over = counted(s["episodes"], "episode")
+            score = f"return {readable(s['return_mean'])} ± {readable(s['return_std'])} over {over}"
             reached = f"   success {100 * s['success']:.0f} %" if s.get("success") is not None else ""
             rows.append((name.replace("_", " "), score + _normalised(s) + reached))
     if chosen := summary.get("chosen"):
@@ -260,15 +263,16 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
         steps = f"{imagined['accepted_steps']:,} steps"
         rows.append(("imagined", f"{share} ({100 * imagined['accept_rate']:.1f} %), {steps}"))
         if imagined["accepted"]:
-            gain = f"{imagined['imagined_mean']:,.1f} imagined, {imagined['own_mean']:,.1f} in the log"
+            gain = f"{readable(imagined['imagined_mean'])} imagined, {readable(imagined['own_mean'])} in the log"
             rows.append(("", f"their return {gain} (discounted, rewards rescaled)"))
     if "policy" in summary:
         s = summary["policy"]
-        kept = f"{s['value_at_start']:,.1f} expected at the start, {s['discounted_mean']:,.1f} collected"
+        kept = f"{readable(s['value_at_start'])} expected at the start, {readable(s['discounted_mean'])} collected"
         rows.append(("value", f"{kept} (discounted, where time was up with V of what follows)"))
     if offline := summary.get("fitted_q"):
-        value = f"{offline['value_mean']:,.1f} ± {offline['value_sem']:,.1f}, {offline['log_value']:,.1f} in the log"
-        rows.append(("fitted Q", f"{value} (discounted, {offline['episodes']} held-out episodes; a proxy)"))
+        value = f"{readable(offline['value_mean'])} ± {readable(offline['value_sem'])}"
+        over = counted(offline["episodes"], "held-out episode")
+        rows.append(("fitted Q", f"{value}, {readable(offline['log_value'])} in the log (discounted, {over}; a proxy)"))
     if summary["seconds"]:
         rows.append(("time", ", ".join(f"{name} {_seconds(value)}" for name, value in summary["seconds"].items())))
     rows.append(("run folder", near(folder)))
@@ -282,7 +286,7 @@ def _summary_table(summary: Mapping[str, Any]) -> str:
 
 def _normalised(scores: Mapping[str, Any]) -> str:
     value = scores.get("normalised")
-    return f"   normalised {value:.1f}" if value is not None else ""
+    return f"   normalised {readable(value)}" if value is not None else ""
 
 
 def _seconds(value: float) -> str:
@@ -348,20 +352,17 @@ def _sweep_table(answer: Mapping[str, Any]) -> str:
     """Points from best to worst, what was reused, and what to do with the best."""
     from ipd_ray.storage import near
 
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
     def score(row: Mapping[str, Any] | None) -> str:
-        if row is None or row["mean"] is None:
-            return "-"
-        return number(row["mean"]) + (f" ± {number(row['half'])}" if row["half"] is not None else "")
+        if row is None:
+            return "–"
+        return readable(row["mean"]) + (f" ± {readable(row['half'])}" if row["half"] is not None else "")
 
     names = list(answer["points"][0]["settings"]) if answer["points"] else []
     by_number = {row["point"]: row for row in answer["points"]}
     order = [*answer["ranking"], *(n for n in by_number if n not in answer["ranking"])]
     rows = [
         [str(n), *(str(row["settings"][name]) for name in names), score(row), score(row["fresh"]),
-         "-" if row["accepted"] is None else f"{100 * row['accepted']:.1f} %",
+         "–" if row["accepted"] is None else f"{100 * row['accepted']:.1f} %",
          row["state"] + (f" at {row['stopped_at']}" if row["stopped_at"] else "")]
         for n in order for row in [by_number[n]]
     ]
@@ -463,8 +464,7 @@ def _check_plot(path: Path) -> None:
 
 def _log_table(found: Mapping[str, Any]) -> str:
     def spread(values: Mapping[str, float]) -> list[str]:
-        return [f"{values[name]:,.4g}" if abs(values[name]) < 100 else f"{values[name]:,.0f}"
-                for name in ("mean", "std", "min", "p50", "p90", "max")]
+        return [readable(values[name]) for name in ("mean", "std", "min", "p50", "p90", "max")]
 
     rows = [[name, *spread(found[name])] for name in ("return", "length", "reward")]
     lines = [
@@ -479,11 +479,11 @@ def _log_table(found: Mapping[str, Any]) -> str:
     ]
     if found["normalised"]:
         scores = found["normalised"]
-        references = f"0 is {found['ref_min_score']:,.4g}, 100 is {found['ref_max_score']:,.4g}"
-        score = f"mean {scores['mean']:.1f}, 90 % {scores['p90']:.1f}, best {scores['max']:.1f}"
+        references = f"0 is {readable(found['ref_min_score'])}, 100 is {readable(found['ref_max_score'])}"
+        score = f"mean {readable(scores['mean'])}, 90 % {readable(scores['p90'])}, best {readable(scores['max'])}"
         lines += ["", f"normalised return: {score} ({references})"]
     columns = zip(found["observation_min"], found["observation_max"], found["observation_std"], strict=True)
-    shown = [[str(i), *(f"{value:.4g}" for value in column)] for i, column in enumerate(columns)]
+    shown = [[str(i), *map(readable, column)] for i, column in enumerate(columns)]
     lines += ["", _table(["observation", "min", "max", "std"], shown[:12])]
     if len(shown) > 12:
         lines.append(f"... and {len(shown) - 12} more, with --json")
@@ -561,7 +561,7 @@ def _numbers(option: str, text: str | None) -> list[float] | float | None:
 
 def _preview_table(name: str, found: Mapping[str, Any]) -> str:
     def spread(values: Mapping[str, float]) -> str:
-        return f"mean {values['mean']:,.4g}, min {values['min']:,.4g}, max {values['max']:,.4g}"
+        return f"mean {readable(values['mean'])}, min {readable(values['min'])}, max {readable(values['max'])}"
 
     def bound(values: Sequence[float]) -> str:
         same = len(set(values)) == 1 and len(values) > 1
@@ -643,13 +643,10 @@ def runs_ls(runs_dir: RunsDir = "runs", as_json: Json = False) -> None:
         _say(f"no runs in {runs_dir}/: `ipd-ray run demo --preset demo` makes one, --runs-dir names another place")
         return
 
-    def number(value: float | None, form: str = ",.1f") -> str:
-        return "-" if value is None else format(value, form)
-
+    numbers = ("data_mean", "policy_mean", "policy_std", "normalised", "accepted")
     shown = [
-        [Folder.of(r["run"]).name, r["dataset"], str(r["seed"]), number(r["data_mean"]), number(r["policy_mean"]),
-         number(r["policy_std"]), number(r["normalised"]), number(r["accepted"], ",d"),
-         "-" if r["seconds"] is None else _seconds(r["seconds"]), r["state"]]
+        [Folder.of(r["run"]).name, r["dataset"], str(r["seed"]), *(readable(r[name]) for name in numbers),
+         "–" if r["seconds"] is None else _seconds(r["seconds"]), r["state"]]
         for r in rows
     ]
     print(_table(
@@ -688,7 +685,8 @@ def runs_diff(
     shared, different = (", ".join(found[name]) or "nothing" for name in ("shared", "different"))
     print(f"\nshared: {shared}; different: {different}")
     if found["scores"]:
-        print("\n" + _table(["score", *names], [[name, *map(text, pair)] for name, pair in found["scores"].items()]))
+        rows = [[name, *map(readable, pair)] for name, pair in found["scores"].items()]
+        print("\n" + _table(["score", *names], rows))
 
 
 @runs_app.command("rm")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ipd_ray.data.transitions import Transitions, fitting_discount, log_remarks
+from ipd_ray.text import readable
 
 SATURATED = 0.99
 """An action dimension beyond this, of [-1, 1], counts as at its bound."""
@@ -92,11 +93,11 @@ def _returns(axes: Axes, transitions: Transitions) -> None:
     returns, spec = transitions.episode_return, transitions.spec
     axes.hist(returns, bins=min(40, max(8, len(returns) // 4)), color=FILL)
     mean = float(returns.mean())
-    axes.axvline(mean, color=ACCENT, lw=1.5, label=f"mean {mean:,.0f}")
-    axes.axvline(float(returns.max()), color=ACCENT, lw=1.5, ls=":", label=f"best {returns.max():,.0f}")
+    axes.axvline(mean, color=ACCENT, lw=1.5, label=f"mean {readable(mean)}")
+    axes.axvline(float(returns.max()), color=ACCENT, lw=1.5, ls=":", label=f"best {readable(returns.max())}")
     for score, name in ((spec.ref_min_score, "0"), (spec.ref_max_score, "100")):
         if score is not None:
-            axes.axvline(score, color=MUTED, lw=1, ls="--", label=f"reference {name}: {score:,.0f}")
+            axes.axvline(score, color=MUTED, lw=1, ls="--", label=f"reference {name}: {readable(score)}")
     _legend(axes)
     axes.set(title="Episode return", xlabel="raw return", ylabel="episodes")
 

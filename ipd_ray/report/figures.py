@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from ipd_ray.report.source import readable
+from ipd_ray.text import readable
 
 INK, MUTED, LINE = "#1b1f24", "#6b7281", "#d8dce3"
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ipd_ray.report.source import VARIANTS, View, number, readable
+from ipd_ray.report.source import VARIANTS, View, number
 from ipd_ray.runs import MUCH_LONGER
+from ipd_ray.text import readable
 
 MIN_UNCERTAINTY_RANK = 0.2
 MIN_ACCEPT_RATE = 0.02

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from ipd_ray.report.source import readable
+from ipd_ray.text import readable
 
 
 def escape(value: Any) -> str:

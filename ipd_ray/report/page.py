@@ -13,9 +13,10 @@ from ipd_ray.report import figures
 from ipd_ray.report.findings import findings
 from ipd_ray.report.markup import escape, maybe, panel, panels_of, percent, remark
 from ipd_ray.report.sections import NO_FILM, SECTIONS
-from ipd_ray.report.source import VARIANTS, View, fingerprint_of, number, open_views, readable
+from ipd_ray.report.source import VARIANTS, View, fingerprint_of, number, open_views
 from ipd_ray.runs import human_seconds, plans_in
 from ipd_ray.storage import Folder
+from ipd_ray.text import readable
 
 _HERE = Path(__file__).parent
 _UNIT_INTERVAL = 1.96
@@ -111,16 +112,14 @@ def _headline(views: Sequence[View]) -> str:
         return None if mean is None else f"{readable(mean)} ± {readable(std)}"
 
     def normalised(view: View, variant: str) -> str | None:
-        value = number(view.summary.get(variant, {}), "normalised")
-        return None if value is None else f"{value:.1f}"
+        return maybe(number(view.summary.get(variant, {}), "normalised"))
 
     def success(view: View, variant: str) -> str | None:
         value = number(view.summary.get(variant, {}), "success")
         return None if value is None else percent(value)
 
     def data(view: View, name: str) -> str | None:
-        value = number(view.summary.get("data", {}), name)
-        return None if value is None else readable(value)
+        return maybe(number(view.summary.get("data", {}), name))
 
     def imagined(view: View, name: str) -> float | None:
         return number(view.summary.get("imagined", {}), name)

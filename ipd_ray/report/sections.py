@@ -14,8 +14,9 @@ from ipd_ray.report import figures
 from ipd_ray.report.film import Film, film
 from ipd_ray.report.findings import MIN_UNCERTAINTY_RANK
 from ipd_ray.report.markup import escape, panel, panels_of, percent, remark
-from ipd_ray.report.source import VARIANTS, View, number, readable
+from ipd_ray.report.source import VARIANTS, View, number
 from ipd_ray.storage import ARTIFACT
+from ipd_ray.text import readable
 
 NO_FILM = "No film:"
 _NOT_LEARNT = (

@@ -205,17 +205,6 @@ def number(found: Mapping[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def readable(value: float | None) -> str:
-    """A number to read: about four digits, thousands apart, a true minus; a dash where there is none."""
-    if value is None or not np.isfinite(value):
-        return "–"
-    if float(value).is_integer() or abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
-    return text.replace("-", "−", 1) if text.startswith("-") else text
-
-
 def fingerprint_of(views: Sequence[View]) -> str:
     """Text that is equal where a report of these runs would be."""
     return json.dumps(

@@ -14,9 +14,9 @@ from ipd_ray.errors import UserError
 from ipd_ray.report import figures
 from ipd_ray.report.markup import escape, panel, panels_of, percent, remark
 from ipd_ray.report.page import write_page
-from ipd_ray.report.source import readable
 from ipd_ray.runs import CURVES, RunFolder, human_seconds
 from ipd_ray.sweep import Row, Sweep, rank_agreement, ranked, reuse, rows_of
+from ipd_ray.text import readable
 
 _AFTER = ("policy", "distill", "choose", "fitted_q", "evaluate")
 """Sections that come after acceptance."""

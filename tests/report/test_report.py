@@ -22,7 +22,7 @@ from ipd_ray.report import build_report, figures
 from ipd_ray.report.film import Film, film, record_or_reason
 from ipd_ray.report.findings import findings
 from ipd_ray.report.sections import SECTIONS
-from ipd_ray.report.source import open_views, readable
+from ipd_ray.report.source import open_views
 from ipd_ray.storage import Folder
 from ipd_ray.values.networks import ValueFunctions
 
@@ -441,15 +441,6 @@ def test_max_steps_ends_the_film_of_a_users_own_environment(tmp_path):
     found = record_or_reason(write_policy(tmp_path / "policy"), "gymnasium.envs.classic_control:PendulumEnv", 3, 5)
     assert isinstance(found, Film), found
     assert (found.length, found.whole) == (5, True)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, "–"), (float("nan"), "–"), (-1234.5, "−1,234"), (0.12345, "0.123"), (20.0, "20"),
-     (-250.04, "−250.0")],
-)
-def test_numbers_are_readable(value, text):
-    assert readable(value) == text
 
 
 @pytest.mark.browser
