@@ -437,7 +437,7 @@ def measures(run: RunFolder) -> dict[str, tuple[float, float | None]]:
         kept = next(c for c in chosen["candidates"] if all(c[k] == chosen[k] for k in ("variant", "step")))
         found["imagined"] = kept["return_mean"], kept["return_sem"]
     if offline := there.get("fitted_q"):
-        found["fitted_q"] = offline["value_mean"], offline["value_sem"] if offline["episodes"] > 1 else None
+        found["fitted_q"] = offline["value_mean"], offline["value_sem"]
     return found
 
 

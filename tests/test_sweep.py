@@ -232,7 +232,7 @@ def test_a_point_whose_episodes_all_return_the_same_is_certain() -> None:
 
 def test_one_episode_has_no_standard_error(tmp_path: Path) -> None:
     scores = {"evaluate": {"return_mean": 7.0, "returns": [7.0]},
-              "fitted_q": {"value_mean": 3.0, "value_sem": 0.0, "episodes": 1}}
+              "fitted_q": {"value_mean": 3.0, "value_sem": None}}
     run: Any = SimpleNamespace(links={name: {"path": str(tmp_path / name)} for name in scores})
     for name, found in scores.items():
         (tmp_path / name).mkdir()

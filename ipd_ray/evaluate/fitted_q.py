@@ -22,7 +22,7 @@ from ipd_ray.training import exhaust, train
 from ipd_ray.values.fit import bootstrapped_returns
 from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 1
+VERSION = 2
 _STREAM = 99
 _POLYAK = 0.05
 """Step of the targets towards Q. A backup carries a reward one step back, so 1 / (1 - gamma) of them must fit into the
@@ -111,7 +111,8 @@ def fit_q(
 ) -> None:
     """Fit Q of the policy; leave its value at the held-out episodes' beginnings, discounted and in raw reward units.
 
-    config: sizes and step sizes of Q, as the values had them. log_value is what the log's own episodes brought there.
+    config: sizes and step sizes of Q, as the values had them. log_value is what the log's own episodes brought there;
+    value_sem is None where one episode is held out.
     """
     t = log.transitions
     action, at_ends = policy.along(t)
@@ -124,10 +125,11 @@ def fit_q(
     value = trainer.value(log, first, action[first]) / log.reward_scale
     held = trainer.value(log, log.holdout_steps, action[log.holdout_steps]) / log.reward_scale
     logged = bootstrapped_returns(log, values.v, device)[first] / log.reward_scale
+    several = len(value) > 1
     workspace.finish(
         prefixed("q", trainer.q_net.state_dict()),
         {
-            "value_mean": float(value.mean()), "value_sem": float(value.std() / np.sqrt(len(value))),
+            "value_mean": float(value.mean()), "value_sem": float(value.std() / len(value) ** 0.5) if several else None,
             "value_held_out": float(held.mean()), "log_value": float(logged.mean()), "episodes": len(first),
         },
     )

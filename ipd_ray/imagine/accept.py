@@ -132,7 +132,7 @@ def value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, disco
 
 def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]:
     """Return what a run reports of its imagination, of all that passed: accept rate, by depth and by distance to
-    termination, and gain."""
+    termination, and gain. A mean over none is None."""
     ok = verdict.passed
     gain = verdict.imagined - verdict.own
     t = log.transitions
@@ -149,7 +149,7 @@ def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]
             by_distance[name] = {
                 "starts": int(rows.sum()),
                 "accept_rate": float(ok[rows].mean()),
-                "gain": float(gain[kept].mean()) if kept.any() else 0.0,
+                "gain": float(gain[kept].mean()) if kept.any() else None,
             }
     return {
         "segments": len(segments),
@@ -161,8 +161,8 @@ def summarise(segments: Segments, verdict: Accepted, log: Log) -> dict[str, Any]
         "survival_by_depth": [float((verdict.length > k).mean()) for k in range(segments.length)],
         "uncertainty_quantiles": _quantiles(segments.uncertainty),
         "by_distance_to_termination": by_distance,
-        "imagined_mean": float(verdict.imagined[ok].mean()) if ok.any() else 0.0,
-        "own_mean": float(verdict.own[ok].mean()) if ok.any() else 0.0,
+        "imagined_mean": float(verdict.imagined[ok].mean()) if ok.any() else None,
+        "own_mean": float(verdict.own[ok].mean()) if ok.any() else None,
         "rejections": verdict.reasons,
     }
 

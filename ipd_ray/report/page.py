@@ -141,7 +141,9 @@ def _headline(views: Sequence[View]) -> str:
 
     def worth(view: View) -> str | None:
         mine, own = imagined(view, "imagined_mean"), imagined(view, "own_mean")
-        return None if mine is None or own is None else f"{readable(view.raw(mine))} against {readable(view.raw(own))}"
+        if mine is None or own is None:
+            return None if imagined(view, "accepted") is None else "–"
+        return f"{readable(view.raw(mine))} against {readable(view.raw(own))}"
 
     def promise(view: View) -> str | None:
         found = view.summary.get("policy", {})

@@ -66,6 +66,14 @@ def test_it_is_the_policys_value_by_hand(action: float, tmp_path: Path) -> None:
     assert found["episodes"] == 10 and abs(found["log_value"]) < 0.5
 
 
+@pytest.mark.parametrize("held", [1, 2])
+def test_one_episode_has_no_standard_error(held: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    episodes = [(rng.normal(size=(6, 2)), np.zeros((5, 1)), np.zeros(5), False) for _ in range(4)]
+    found = fitted(log_of(episodes, discount=0.5, holdout=range(held)), Always(0.5), tmp_path, updates=2)
+    assert found["episodes"] == held and (found["value_sem"] is None) == (held == 1)
+
+
 def test_nothing_follows_a_termination() -> None:
     # one step an episode: Q(s, a) is its reward, 0.5 * a scaled
     rng = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 from method_fixtures import learned_pendulum, log_of, segments_of
 
 from ipd_ray.config import AcceptConfig, ImagineConfig, PlannerConfig, SelectConfig
-from ipd_ray.imagine.accept import Accepted, accept, kappa, widened
+from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise, widened
 from ipd_ray.imagine.rollout import imagine_shard, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.values.fit import bootstrapped_returns, evaluate_in_chunks
@@ -153,6 +153,15 @@ def test_a_smaller_share_of_what_is_accepted_is_a_part_of_a_larger_one():
     assert [int(k.sum()) for k in (kept[0], kept[3])] == [0, 400]
     assert abs(int(kept[1].sum()) - 100) < 30 and abs(int(kept[2].sum()) - 200) < 40
     assert not (kept[1] & ~kept[2]).any()
+
+
+def test_a_mean_over_nothing_accepted_is_none():
+    log = log_of([([[0.0]] * 5, [[0.0]] * 4, [0.0] * 4, False)])
+    for reward, accepted, worth, own in ((1.0, 1, 1.875, 0.0), (0.0, 0, None, None)):
+        segments = segments_of(range(1), 4, reward=np.full((1, 4), reward))
+        found = summarise(segments, verdict(reward=np.full((1, 4), reward)), log)
+        assert (found["accepted"], found["imagined_mean"], found["own_mean"]) == (accepted, worth, own)
+        assert found["by_distance_to_termination"]["later_or_never"]["gain"] == worth
 
 
 def test_kappa_by_hand():

@@ -249,10 +249,20 @@ def test_what_kept_imagination_out_of_the_mixture_is_named(tmp_path, got, said):
 def test_the_value_without_an_environment_is_on_the_page(tmp_path):
     run = write_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
-    offline = {"value_mean": 12.2, "value_sem": 0.5, "log_value": 9.75}
-    (run / "summary.json").write_text(json.dumps({**summary, "fitted_q": offline}))
+    for sem, shown in ((0.5, "0.5"), (None, "–")):
+        offline = {"value_mean": 12.2, "value_sem": sem, "log_value": 9.75}
+        (run / "summary.json").write_text(json.dumps({**summary, "fitted_q": offline}))
+        page = build_report([run], tmp_path / "page.html").read_text()
+        assert f"12.2 ± {shown}, the log's 9.75" in page
+
+
+def test_what_nothing_accepted_is_worth_is_a_dash_on_the_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    nothing = {**IMAGINED, "accepted": 0, "imagined_mean": None, "own_mean": None}
+    (run / "summary.json").write_text(json.dumps({**summary, "imagined": nothing}))
     page = build_report([run], tmp_path / "page.html").read_text()
-    assert "12.2 ± 0.5, the log's 9.75" in page
+    assert 'imagined I against the log\'s B</th><td>–</td>' in page
 
 
 @pytest.mark.parametrize(
