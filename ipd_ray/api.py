@@ -27,13 +27,13 @@ from ipd_ray.data.minari_source import load
 from ipd_ray.data.shards import shard_curve
 from ipd_ray.data.transitions import Transitions
 from ipd_ray.engine import Engine, LocalEngine
-from ipd_ray.errors import UserError
+from ipd_ray.errors import TaskError, UserError
 from ipd_ray.estimate import estimate, total
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
-from ipd_ray.listeners import recorders
+from ipd_ray.listeners import Logged, recorders
 from ipd_ray.pipeline import STEPS, TO_COME, Context, copy_policy, run_until, state_of, summarise
-from ipd_ray.progress import Listener, Listeners
+from ipd_ray.progress import NOTE, Listener, Listeners
 from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, register
 from ipd_ray.steps import DistillJob, LogRef, Place
 from ipd_ray.storage import ARTIFACT, Folder, near
@@ -55,20 +55,22 @@ def run(
     run_dir: where config, links, learning curves, policy and report go; runs/<dataset>-seed<seed> where not given.
         The artifacts themselves go to `runtime.store`, or to `store` beside the run folder; all runs there share them.
     until: the last step: values, world_model, reach, actor, imagine, distill, choose, fitted_q or evaluate.
-    listeners: hear of the run beside its own files, and are closed at its end; see ipd_ray.progress.Listener.
+    listeners: hear of the run beside its own files, and are closed at its end; see ipd_ray.progress.Listener. Where
+        there is none, remarks are warnings of `logging`; `[ipd_ray.listeners.terminal()]` shows what the command does.
 
     Call it again with the same arguments and it goes on where it stopped: what is finished is reused.
 
     Raises:
         UserError: a mistake; the message tells how to mend it.
         PartialError: some shards could not be imagined; the rest is kept.
+        TaskError: a step failed, and not by a mistake that is known; the message holds its traceback.
     """
     config = config or RunConfig()
     if not isinstance(config, RunConfig):
         raise UserError(f"config={config!r} must be a RunConfig: load_config({config!r}) if that is a preset's name.")
     folder = run_folder(dataset if isinstance(dataset, str) else dataset.spec.dataset, config, run_dir)
     store = store_of(config, folder)
-    others = Listeners(listeners)
+    others = Listeners(listeners or [Logged()])
     try:
         _check_before_loading(config, folder, store, until, others)
         with holding(folder), _tidy(store):
@@ -79,6 +81,10 @@ def run(
             try:
                 engine.require_storage([str(store), str(folder)])
                 return _Begun(folder, replace(context, engine=engine), until).carry_out(others)
+            except TaskError as error:
+                if error.mistake is None:
+                    raise
+                raise UserError(error.mistake) from error
             finally:
                 engine.close()
     finally:
@@ -262,7 +268,7 @@ class _Begun:
                 f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {near(folder)}"
             )
             for remark in [*replaced, *remarks(config, transitions, self.until)]:
-                heard.note(f"note: {remark}")
+                heard.note(NOTE + remark)
             try:
                 run_until(context, self.until, keep_policy)
             finally:
@@ -295,8 +301,8 @@ class _Begun:
             self.folder.push(["report.html"])
         except Exception as error:  # a report is looked at; the run is what took the time
             context.listener.note(
-                f"the report could not be made ({type(error).__name__}: {error}); the run is whole, `ipd-ray report "
-                f"{near(self.folder)}` tries again."
+                f"{NOTE}the report could not be made ({type(error).__name__}: {error}); the run is whole, `ipd-ray "
+                f"report {near(self.folder)}` tries again."
             )
         return summary
 

@@ -97,7 +97,7 @@ def _say_all(texts: Sequence[str]) -> None:
 
 def _explain(error: Exception) -> int:
     """Say what went wrong and what helps; return the exit code."""
-    from ipd_ray.errors import PartialError, UserError
+    from ipd_ray.errors import PartialError, TaskError, UserError
 
     if isinstance(error, (typer.Exit, typer.Abort)):
         raise error
@@ -113,25 +113,10 @@ def _explain(error: Exception) -> int:
         if (plain := explain_os_error(error)) is not None:
             _say(f"error: {plain}")
             return 2
-    if type(error).__name__ == "TaskError":
-        return _explain_task(str(error))
+    if isinstance(error, TaskError):  # its traceback is the worker's, for who wants to know more
+        _say(f"{error}\nerror: {error.reason.removeprefix('FloatingPointError: ')}")
+        return 1
     _say(traceback.format_exc())
-    return 1
-
-
-def _explain_task(text: str) -> int:
-    """A worker's error: its last line says it, the traceback is for who wants to know more."""
-    last = text.strip().splitlines()[-1]
-    kind, _, message = last.partition(": ")
-    kind = kind.rpartition(".")[2]
-    if kind == "UserError":
-        _say(f"error: {message}")
-        return 2
-    if kind == "OSError" and ("No space left" in message or "[Errno 28]" in message):
-        _say(f"error: {message}: free some space (`ipd-ray store prune`), then run the same command again; it goes on.")
-        return 2
-    _say(text)
-    _say(f"error: {message if kind == 'FloatingPointError' else last}")
     return 1
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, Protocol
 
+from ipd_ray.errors import TaskError
 from ipd_ray.steps import DistillJob, run_distill
 
 
@@ -51,10 +52,6 @@ class Workers(Protocol):
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Return the attempts that ended, at the latest after `seconds`."""
-
-
-class TaskError(RuntimeError):
-    """A task failed for good: its name and traceback."""
 
 
 ATTEMPTS = 3

@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""How a run fails, and what a user can do about it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,26 @@ class UserError(ValueError):
 
 class PartialError(RuntimeError):
     """The run ended, but a part of it is missing: what was set aside and why is in the message (exit code 3)."""
+
+
+class TaskError(RuntimeError):
+    """A task failed for good: its name and traceback."""
+
+    @property
+    def reason(self) -> str:
+        """The traceback's last line, which says it."""
+        return str(self).strip().splitlines()[-1]
+
+    @property
+    def mistake(self) -> str | None:
+        """What a user can mend, without the traceback; None for all else."""
+        kind, _, message = self.reason.partition(": ")
+        kind = kind.rpartition(".")[2]
+        if kind == "UserError":
+            return message
+        if kind == "OSError" and ("No space left" in message or "[Errno 28]" in message):
+            return f"{message}: free some space (`ipd-ray store prune`), then run the same again; it goes on."
+        return None
 
 
 def near_name(name: str, valid: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 
 from ipd_ray.config import RunConfig, flatten
 from ipd_ray.errors import UserError, first_line
-from ipd_ray.progress import Listener
+from ipd_ray.progress import NOTE, Listener
 from ipd_ray.runs import CURVES, human_seconds
+
+logger = logging.getLogger(__name__)
 
 BURST_SECONDS = 1.0
 """What is heard of a step within this time of its first word happened before: a resumed step's older lines."""
@@ -60,6 +63,10 @@ def _counted(done: int, total: int, metrics: Mapping[str, float]) -> tuple[float
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}/s" if value >= 10 else f"{value:.2g}/s"
+
+
+def _ended(step: str, seconds: float, reused: bool) -> str:
+    return f"{step:<22} {'reused, made' if reused else 'done'} in {human_seconds(seconds)}"
 
 
 class RunFiles:
@@ -107,7 +114,23 @@ class PlainTerminal:
         self.note(f"{step:<22} {count:>9,.0f} of {of:,.0f} ({100 * count / max(of, 1):.0f} %){left}{_shown(metrics)}")
 
     def end(self, step: str, seconds: float, reused: bool) -> None:
-        self.note(f"{step:<22} {'reused, made' if reused else 'done'} in {human_seconds(seconds)}")
+        self.note(_ended(step, seconds, reused))
+
+    def close(self) -> None:
+        return
+
+
+class Logged:
+    """Remarks as warnings of `logging`, what else there is to read as information."""
+
+    def note(self, text: str) -> None:
+        logger.log(logging.WARNING if text.startswith(NOTE) else logging.INFO, text.removeprefix(NOTE))
+
+    def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        return
+
+    def end(self, step: str, seconds: float, reused: bool) -> None:
+        self.note(_ended(step, seconds, reused))
 
     def close(self) -> None:
         return
@@ -145,7 +168,7 @@ class RichTerminal:
     def end(self, step: str, seconds: float, reused: bool) -> None:
         if (task := self._tasks.pop(step, None)) is not None:
             self._progress.remove_task(task)
-        self.note(f"{step:<22} {'reused, made' if reused else 'done'} in {human_seconds(seconds)}")
+        self.note(_ended(step, seconds, reused))
 
     def close(self) -> None:
         self._progress.stop()

@@ -26,7 +26,7 @@ from ipd_ray.evaluate import episodes, fitted_q
 from ipd_ray.evaluate.episodes import Arena, NoEnvironment, arena_of
 from ipd_ray.imagine import actor as actor_fit
 from ipd_ray.imagine.rollout import ShardSpec
-from ipd_ray.progress import Crew, CurveTail, Listener, ShardProgress
+from ipd_ray.progress import NOTE, Crew, CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
     DistillJob,
     Imagination,
@@ -349,7 +349,7 @@ def imagine(context: Context) -> None:
         found, wanted = sum(len(s.index) for s in specs), config.select.starts
         if 10 * found < wanted:
             context.listener.note(
-                f"imagine: {found:,} start states for select.starts={wanted:,}: those of an episode are a segment "
+                f"{NOTE}{found:,} start states for select.starts={wanted:,}: those of an episode are a segment "
                 f"apart (imagine.length={config.imagine.length}, or the longest episode), and at most "
                 f"select.episode_cap={config.select.episode_cap:g} of all; shorter segments, or a larger cap, leave "
                 "room for more."

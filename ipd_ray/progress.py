@@ -9,12 +9,14 @@ from typing import Any, Protocol
 
 from ipd_ray.storage import METRICS, Folder
 
+NOTE = "note: "
+
 
 class Listener(Protocol):
     """Hears of a run: the terminal, the run's own files, W&B, TensorBoard."""
 
     def note(self, text: str) -> None:
-        """A line to read."""
+        """A line to read; one that begins with `note: ` is a remark, which may call for something to be done."""
 
     def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """A line of a learning curve, or a count of shards."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from ipd_ray import testing
-from ipd_ray.engine import MACHINES, LocalEngine, Outcome, Task, TaskError, drive
+from ipd_ray.engine import MACHINES, LocalEngine, Outcome, Task, drive
+from ipd_ray.errors import TaskError
 
 
 @pytest.fixture

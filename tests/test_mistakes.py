@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import shutil
 import sys
 from collections import namedtuple
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 
 import ipd_ray.api
 import ipd_ray.report
+from ipd_ray import run
 from ipd_ray.cli import app
+from ipd_ray.config import load
 from ipd_ray.data import minari_source
 from ipd_ray.data.export import episode_buffer, write_minari
-from ipd_ray.engine import TaskError
-from ipd_ray.errors import PartialError
+from ipd_ray.errors import PartialError, TaskError, UserError
 from ipd_ray.lease import Lease
+from ipd_ray.listeners import PlainTerminal
 
 VECTOR, TORQUE = Box(-np.inf, np.inf, (2,), np.float32), Box(-1.0, 1.0, (1,), np.float32)
 
@@ -229,6 +232,34 @@ def test_exit_codes_of_what_fails_on_the_way(
     result = CliRunner().invoke(app, ["run", LOG, *SETTINGS])
     assert result.exit_code == code and result.stderr.strip().endswith(last), result.output
     assert ("Traceback" in result.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("last", "kind"), [("ipd_ray.errors.UserError: x=1 must be 2.", UserError), ("KeyError: 'a bug'", TaskError)]
+)
+def test_what_a_worker_finds_wrong_is_the_same_from_python(
+    monkeypatch: pytest.MonkeyPatch, last: str, kind: type[Exception]
+) -> None:
+    monkeypatch.setattr(ipd_ray.api, "run_until", _raise(TaskError(f"values failed:\nTraceback\n{last}")))
+    with pytest.raises(kind) as raised:
+        run(LOG, load(overrides=SETTINGS), run_dir="runs/mine")
+    assert ("Traceback" in str(raised.value)) == (kind is TaskError)
+    assert "Traceback" in Path("runs/mine/run.log").read_text()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_remarks_are_logged_where_nobody_listens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], heard: bool
+) -> None:
+    monkeypatch.setattr(ipd_ray.api, "run_until", lambda *_: None)
+    monkeypatch.setattr(ipd_ray.report, "build_report", lambda *_: None)
+    caplog.set_level(logging.INFO)
+    config = load(overrides=["runtime.device=cpu"])
+    run(LOG, config, run_dir="runs/full", listeners=[PlainTerminal()] if heard else [])
+    remark, shown = "these are full-size settings, for a GPU", capsys.readouterr().err
+    assert shown.count(f"note: {remark}") == heard and remark in Path("runs/full/run.log").read_text()
+    warned = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert [remark in message for message in warned] == ([] if heard else [True])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ipd_ray.artifacts import RESULT, Workspace, load_checkpoint
 from ipd_ray.distill.fit import Corpus, Reducer
 from ipd_ray.distributed.cluster import NODE_ID, cpus
-from ipd_ray.engine import TaskError
+from ipd_ray.errors import TaskError
 from ipd_ray.steps import DistillJob
 from ipd_ray.storage import Folder
 from ipd_ray.training import set_threads

@@ -13,8 +13,8 @@ from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, 
 
 from ipd_ray.artifacts import numeric_platform
 from ipd_ray.distributed.cluster import cpus
-from ipd_ray.engine import ATTEMPTS, Outcome, Task, TaskError
-from ipd_ray.errors import UserError
+from ipd_ray.engine import ATTEMPTS, Outcome, Task
+from ipd_ray.errors import TaskError, UserError
 
 
 class Worker:

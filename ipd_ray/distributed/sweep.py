@@ -45,7 +45,7 @@ from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Parts
-from ipd_ray.progress import Listener
+from ipd_ray.progress import NOTE, Listener
 from ipd_ray.runs import SUMMARY, RunFolder
 from ipd_ray.steps import known_threshold, world_model_of
 from ipd_ray.storage import Folder
@@ -316,7 +316,7 @@ class _Work:
             except UserError:
                 raise
             except Exception as error:
-                self._said.note(f"note: what trials share could not be made, they try by themselves: {error}")
+                self._said.note(f"{NOTE}what trials share could not be made, they try by themselves: {error}")
 
     def _fronts(self) -> list[tuple[RunConfig, str]]:
         """Configs and the last step up to which they are made beforehand."""

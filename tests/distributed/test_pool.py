@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ipd_ray import testing
-from ipd_ray.engine import Task, TaskError, drive
+from ipd_ray.engine import Task, drive
+from ipd_ray.errors import TaskError
 
 pytestmark = pytest.mark.ray
 

@@ -17,7 +17,7 @@ import pytest
 
 from ipd_ray.artifacts import read_jsonl
 from ipd_ray.config import RuntimeConfig
-from ipd_ray.engine import TaskError
+from ipd_ray.errors import TaskError
 from ipd_ray.steps import DistillJob, run_distill
 from ipd_ray.testing import ElasticJob, MortalJob, SlowJob
 

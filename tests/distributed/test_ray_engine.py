@@ -15,8 +15,8 @@ from small_runs import LOG, SETTINGS, ipd_ray, write_log
 from ipd_ray import run, testing
 from ipd_ray.artifacts import Artifact
 from ipd_ray.config import RuntimeConfig, load
-from ipd_ray.engine import Engine, LocalEngine, Task, TaskError
-from ipd_ray.errors import UserError
+from ipd_ray.engine import Engine, LocalEngine, Task
+from ipd_ray.errors import TaskError, UserError
 from ipd_ray.runs import RunFolder
 
 pytestmark = pytest.mark.ray
