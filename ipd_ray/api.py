@@ -17,6 +17,7 @@ from ipd_ray.checks import (
     check_folder,
     check_identity,
     check_writable,
+    memory_remarks,
     ray_engine,
     remarks,
 )
@@ -111,7 +112,10 @@ def plan(
     return {
         "dataset": context.transitions.spec.dataset, "run_dir": str(folder), "store": str(store), "steps": rows,
         "total": total(context, rows, workers),
-        "remarks": [*_replaced(folder, config), *remarks(config, context.transitions, until)],
+        "remarks": [
+            *_replaced(folder, config), *remarks(config, context.transitions, until),
+            *memory_remarks(context, until, workers),
+        ],
     }
 
 
@@ -267,7 +271,8 @@ class _Begun:
                 f"{transitions.spec.dataset}: {transitions.episodes:,} episodes, {len(transitions):,} steps; seed "
                 f"{config.seed}, {config.runtime.engine} engine, {context.device}; run folder {near(folder)}"
             )
-            for remark in [*replaced, *remarks(config, transitions, self.until)]:
+            fits = memory_remarks(context, self.until, processes(config, context.device))
+            for remark in [*replaced, *remarks(config, transitions, self.until), *fits]:
                 heard.note(NOTE + remark)
             try:
                 run_until(context, self.until, keep_policy)

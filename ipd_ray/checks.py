@@ -15,13 +15,13 @@ from ipd_ray.config import RunConfig
 from ipd_ray.data.transitions import DISCOUNTS, Transitions, fitting_discount, log_remarks, prepare
 from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, first_line
-from ipd_ray.estimate import estimate_disk
+from ipd_ray.estimate import estimate_disk, estimate_memory
 from ipd_ray.evaluate.episodes import NO_SPEC, Arena, NoEnvironment, arena_of, environment_maker
 from ipd_ray.lease import Lease
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import IDENTITY, MUCH_LONGER, RunFolder, human_bytes
 from ipd_ray.storage import Folder, probe
-from ipd_ray.training import device_here, resolve_device
+from ipd_ray.training import device_here, memory, resolve_device
 from ipd_ray.world_model.termination import resolve
 
 
@@ -136,6 +136,31 @@ def check_disk(context: Context, until: str) -> None:
             f"the store {root} needs about {human_bytes(need)} more, the disk has {human_bytes(free)} left: free some "
             "(`ipd-ray store prune` removes what no run uses), or name another disk with runtime.store=FOLDER."
         )
+
+
+_SMALLER = {
+    "reach": "actor.starts, actor.length or actor.batch_size", "actor": "actor.starts, actor.length or actor.students",
+    "imagine": "runtime.actors, imagine.shard_size or planner.candidates",
+    "distill": "distill.batch_size or select.starts",
+}
+"""Settings that a step's memory grows with."""
+
+
+def memory_remarks(context: Context, until: str, workers: int) -> list[str]:
+    """What is said of a run that may not fit this machine; of a cluster's nodes `doctor` says it.
+
+    workers: of imagination.
+    """
+    if context.config.runtime.engine != "local":
+        return []
+    (need, part), here = estimate_memory(context, until, workers), memory()
+    if need <= here:
+        return []
+    smaller = _SMALLER.get(part.partition(":")[0], "how many steps the log has")
+    return [
+        f"{part} may need {human_bytes(need)} of memory, this machine has {human_bytes(here)} for it: lower {smaller}, "
+        "or take a smaller preset or a larger machine."
+    ]
 
 
 def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate") -> list[str]:

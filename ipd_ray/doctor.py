@@ -28,7 +28,7 @@ from ipd_ray.pipeline import Context
 from ipd_ray.runs import human_bytes
 from ipd_ray.storage import marked, troubles
 from ipd_ray.storage import probe as probe_folder
-from ipd_ray.training import cores, resolve_device
+from ipd_ray.training import cores, memory, resolve_device
 
 PACKAGES = ("ray", "torch", "numpy")
 MEASURED_FOR = 2.0
@@ -255,7 +255,7 @@ def _planned(
     findings.append(Finding("ok", "dataset", f"{planned['dataset']}: found, and the settings go with it"))
     findings += [Finding("warning", "settings", remark) for remark in planned["remarks"]]
     room = max((m.memory for m in machines if m.cpus), default=0.0)
-    for row in planned["steps"]:
+    for row in planned["steps"] if config.runtime.engine == "ray" else ():  # of this machine a remark says it
         if row["memory"] > room:
             findings.append(Finding(
                 "warning", "memory", f"{row['step']} may need {human_bytes(row['memory'])} in one worker, the largest "
@@ -299,9 +299,8 @@ class _Here:
     def __exit__(self, *_: object) -> None: ...
 
     def machines(self, places: Mapping[str, str], probe: Callable[[str], None]) -> list[Machine]:
-        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         gpus = float(torch.cuda.device_count())
-        return [Machine(HERE, cores(), gpus, memory, None, look(places, probe, self._device), self.workers())]
+        return [Machine(HERE, cores(), gpus, memory(), None, look(places, probe, self._device), self.workers())]
 
     def fit(self) -> Iterator[Finding]:
         actors, threads = self.workers(), self._config.runtime.threads

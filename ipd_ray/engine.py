@@ -94,7 +94,7 @@ def drive(
             if count[number] < limit and (lost or retry_errors):
                 waiting.append(number)
             elif lost:
-                said = f"\n{outcome.error}" if outcome.error else ""
+                said = f": {outcome.error}" if outcome.error else ""
                 failed[number] = f"{tasks[number].name}: its {lost} died {count[number]} times{said}"
             else:
                 failed[number] = outcome.error or ""
@@ -209,6 +209,7 @@ class ProcessPool:
             if lost:
                 self._workers.remove(worker)
                 worker.pipe.close()
+                error = _end_of(worker.process)
             outcomes.append(Outcome(number if number is not None else -1, result, error, "worker" if lost else None))
         return outcomes
 
@@ -231,6 +232,15 @@ class ProcessPool:
         worker = _Worker(process, ours)
         self._workers.append(worker)
         return worker
+
+
+def _end_of(process: multiprocessing.process.BaseProcess) -> str:
+    """Say how a process ended whose pipe is closed."""
+    process.join(5.0)
+    code = process.exitcode
+    if code == -signal.SIGKILL:
+        return "killed, most likely for want of memory"
+    return f"signal {-code} ({signal.strsignal(-code)})" if code is not None and code < 0 else f"exit code {code}"
 
 
 @contextmanager

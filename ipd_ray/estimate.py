@@ -131,9 +131,8 @@ def total(context: Context, rows: list[dict[str, Any]], processes: int) -> dict[
     """Return the whole run's seconds, peak memory and disk, with `processes` workers."""
     seconds, peak = _together(rows, processes)
     sizes = sizes_of(context)
-    driver = PROCESS_BYTES + _log_bytes(sizes)
     disk = sum(row["disk"] for row in rows) + _data_left(context, sizes)
-    return {"seconds": seconds, "memory": driver + peak, "disk": disk}
+    return {"seconds": seconds, "memory": _driver_bytes(sizes) + peak, "disk": disk}
 
 
 def _together(rows: list[dict[str, Any]], processes: int) -> tuple[float, float]:
@@ -156,6 +155,15 @@ def estimate_disk(context: Context, until: str) -> int:
     need = [_disk(parts[row["step"]].step, context.config, sizes) for row in state_of(context, until)
             if row["state"] in TO_COME]
     return round(sum(need)) + _data_left(context, sizes)
+
+
+def estimate_memory(context: Context, until: str, processes: int) -> tuple[float, str]:
+    """Return the bytes of memory that the run will need at its peak, with `processes` workers, and for which step."""
+    sizes, parts = sizes_of(context), {part.name: part for part in context.parts.until(until)}
+    rows = [{"step": row["step"], "seconds": 0.0, "memory": _memory(parts[row["step"]].step, context.config, sizes)}
+            for row in state_of(context, until) if row["state"] in TO_COME]  # fmt: skip
+    most = max(rows, key=lambda row: _together([row], processes)[1], default={"step": ""})
+    return _driver_bytes(sizes) + _together(rows, processes)[1], most["step"]
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:
@@ -434,8 +442,16 @@ def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
     return 4.0 * (log + plans) * (sizes.observation + sizes.action + 3)
 
 
+def _driver_bytes(sizes: Sizes) -> float:
+    """Of the process that starts the workers: it reads the log."""
+    return PROCESS_BYTES + _log_bytes(sizes)
+
+
 def _log_bytes(sizes: Sizes) -> float:
     return 4.0 * sizes.steps * (2 * sizes.observation + sizes.action + 2)
 
 
-__all__ = ["Sizes", "estimate", "estimate_disk", "measure", "operations", "sizes_of", "total", "work_seconds"]
+__all__ = [
+    "Sizes", "estimate", "estimate_disk", "estimate_memory", "measure", "operations", "sizes_of", "total",
+    "work_seconds",
+]

@@ -113,9 +113,9 @@ def die_once(value: int, marker: str) -> int:
     return value * value
 
 
-def die() -> None:
-    """Kill this process as a lack of memory would."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number: int = signal.SIGKILL) -> None:
+    """Kill this process by a signal; as a lack of memory would, where none is given."""
+    os.kill(os.getpid(), number)
 
 
 def die_unless(marker: str) -> None:

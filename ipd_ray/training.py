@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +77,24 @@ def set_threads(threads: int) -> None:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory(root: Path = Path("/")) -> float:
+    """Bytes of memory that this process may use: the machine's, or less where its control group (v1, v2) has less, as a
+    container's has. root: of the file system."""
+    least = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    groups = root / "proc" / "self" / "cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+        place = root / "sys" / "fs" / "cgroup" / folder
+        for part in path.split("/"):  # a container sees its own group as the root, under whatever path
+            place = place / part
+            with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
+                least = min(least, float((place / name).read_text()))
+    return least
 
 
 def resolve_device(name: str) -> str:

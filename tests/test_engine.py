@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +54,16 @@ def test_killed_worker_loses_no_task_and_a_poison_task_is_set_aside(engine: Loca
     assert {i: results[i] for i in range(7)} == {0: 0, 1: 1, 2: 4, 3: 9, 4: 16, 5: 25, 6: 49}
     assert set(failed) == {7, 8}
     assert "ValueError: bad shard" in failed[7] and "in fail" in failed[7]
-    assert failed[8] == "deadly: its worker died 3 times"
+    assert failed[8] == "deadly: its worker died 3 times: killed, most likely for want of memory"
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "said"),
+    [(os._exit, {"status": 7}, "exit code 7"), (testing.die, {"number": signal.SIGTERM}, "signal 15 (Terminated)")],
+)
+def test_how_a_worker_died_is_said(engine: LocalEngine, function: Callable[..., Any], value: dict[str, int], said: str):
+    with pytest.raises(TaskError, match=rf"values: its worker died 3 times: {re.escape(said)}$"):
+        engine.run_steps([Task("values", function, value)], lambda: None)
 
 
 class Fates:
@@ -86,9 +97,9 @@ def test_machines_that_are_taken_back_are_not_the_tasks_failures():
 
     assert not end([machine] * (MACHINES - 1) + [worker] * 2)
     assert not end([worker, error])
-    assert end([machine, worker, error, machine, worker]) == {0: "shard 0: its worker died 3 times\nkilled"}
+    assert end([machine, worker, error, machine, worker]) == {0: "shard 0: its worker died 3 times: killed"}
     assert end([worker, worker, error]) == {0: "raised"}
-    assert end([machine] * MACHINES) == {0: f"shard 0: its machine died {MACHINES} times\ngone"}
+    assert end([machine] * MACHINES) == {0: f"shard 0: its machine died {MACHINES} times: gone"}
     assert end([error], retry=False) == {0: "raised"}
 
 

@@ -18,8 +18,10 @@ from small_runs import LOG, SETTINGS, write_log
 from typer.testing import CliRunner
 
 import ipd_ray.api
+import ipd_ray.checks
 import ipd_ray.report
 from ipd_ray import run
+from ipd_ray.api import plan
 from ipd_ray.cli import app
 from ipd_ray.config import load
 from ipd_ray.data import minari_source
@@ -195,6 +197,20 @@ def test_a_disk_that_is_too_full(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1.0 kB left" in said and "runtime.store=FOLDER" in said
 
 
+def test_a_run_that_may_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "of memory, this machine has 23.0 GB for it: lower actor.starts, actor.length or"
+    monkeypatch.setattr(ipd_ray.checks, "memory", lambda: 23e9)
+    monkeypatch.setattr(ipd_ray.api, "run_until", lambda *_: None)
+    monkeypatch.setattr(ipd_ray.report, "build_report", lambda *_: None)
+    small = [*SETTINGS, "planner.kind=actor", "actor.reaches=[0.1]"]
+    for words, large in ((small, False), ([*small, "actor.starts=10000000"], True)):
+        config = load(overrides=words)
+        notes = " ".join(plan(LOG, config, run_dir="runs/mine")["remarks"])
+        assert (said in notes) == ("actor may need" in notes) == large
+        run(LOG, config, run_dir="runs/mine")
+        assert (said in Path("runs/mine/run.log").read_text()) == large
+
+
 def _raise(error: Exception) -> Callable[..., None]:
     def raising(*_: object) -> None:
         raise error
@@ -253,6 +269,7 @@ def test_remarks_are_logged_where_nobody_listens(
 ) -> None:
     monkeypatch.setattr(ipd_ray.api, "run_until", lambda *_: None)
     monkeypatch.setattr(ipd_ray.report, "build_report", lambda *_: None)
+    monkeypatch.setattr(ipd_ray.checks, "memory", lambda: 1e12)
     caplog.set_level(logging.INFO)
     config = load(overrides=["runtime.device=cpu"])
     run(LOG, config, run_dir="runs/full", listeners=[PlainTerminal()] if heard else [])

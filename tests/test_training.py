@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,33 @@ from ipd_ray.config import DistillConfig, PolicyConfig, RunConfig, ValuesConfig,
 from ipd_ray.data.transitions import Log
 from ipd_ray.distill.fit import Corpus, DistillTrainer, Material, fit_policy
 from ipd_ray.distill.windows import Prompts
-from ipd_ray.training import Trainer, train
+from ipd_ray.training import Trainer, memory, train
 from ipd_ray.values.fit import ValueTrainer, fit_values
 from ipd_ray.world_model.fit import WorldModelTrainer, fit_world_model
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/", {}, None),  # outside of any container
+        ("0::/a/b", {"a/memory.max": "3000", "a/b/memory.max": "max"}, 3000.0),  # of a group above
+        ("0::/", {"memory.max": "5000"}, 5000.0),  # in a container
+        ("4:memory:/docker/x", {"memory/memory.limit_in_bytes": "7000"}, 7000.0),  # v1: its path is the host's
+        ("5:cpu:/a\n4:cpuacct,memory:/a", {"memory/a/memory.limit_in_bytes": str(2**63 - 4096)}, None),  # no limit
+        (None, {}, None),  # no Linux
+    ],
+)
+def test_memory_is_the_machines_or_its_containers(
+    groups: str | None, limits: dict[str, str], expected: float | None, tmp_path: Path
+):
+    if groups is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    for name, limit in limits.items():
+        (tmp_path / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys/fs/cgroup" / name).write_text(limit + "\n")
+    whole = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    assert memory(tmp_path) == (expected or whole)
 
 
 def random_log() -> Log:

@@ -33,7 +33,7 @@ def test_killed_actor_loses_no_task_and_a_poison_task_is_set_aside(pool, tmp_pat
     assert results == {0: 0, 1: 1, 2: 4, 3: 9, 4: 16, 5: 25, 6: 49}
     assert set(failed) == {7, 8}
     assert "ValueError: bad shard" in failed[7] and "in fail" in failed[7]
-    assert failed[8].startswith("deadly: its worker died 3 times\n") and "actor died" in failed[8]
+    assert failed[8].startswith("deadly: its worker died 3 times: ") and "actor died" in failed[8]
 
 
 def test_tasks_run_side_by_side_and_an_idle_actor_goes_while_a_straggler_works(pool, tmp_path: Path):
