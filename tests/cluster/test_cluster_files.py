@@ -1,5 +1,5 @@
-"""The files in cluster/: no key can be misspelt, the autoscaler brings up what a run asks for, and what they and the
-README name exists in the product."""
+"""The files in cluster/: no key can be misspelt, the autoscaler brings up what a run asks for, and what they, the
+pages and the sweeps' questions name exists in the product."""
 
 from __future__ import annotations
 
@@ -197,14 +197,22 @@ def test_imagination_goes_to_spot_machines_and_distillation_to_lasting_ones(name
 
 # ---- what the texts name
 
+PAGES = (FOLDER / "README.md", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+QUESTIONS = sorted((ROOT / "tune_configs").glob("*.yaml"))
+
+
 def shell_commands() -> Iterator[list[str]]:
-    """Yield the words of every `ipd-ray` command in the README's code and in the manifests."""
-    text = (FOLDER / "README.md").read_text()
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S) + re.findall(r"`(ipd-ray [^`]+)`", text)
-    blocks.append(read("kuberay-rayjob.yaml")["spec"]["entrypoint"])
+    """Yield the words of every `ipd-ray` command in the pages' code, at the head of the sweeps' questions, and in the
+    manifests. What may be left out is in brackets, `a|b` is one of them."""
+    blocks = [read("kuberay-rayjob.yaml")["spec"]["entrypoint"]]
+    for page in PAGES:
+        text = page.read_text()
+        blocks += re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+        blocks += (code.replace("\n", " ") for code in re.findall(r"`(ipd-ray [^`]+)`", text))
+    blocks += (line[1:] for path in QUESTIONS for line in path.read_text().splitlines() if line.startswith("#"))
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        if found := re.search(r"\bipd-ray (?!\$|:)(\w.*)", line):
-            yield shlex.split(found[1], comments=True)
+        for found in re.findall(r"\bipd-ray (?!\$|:)(\w.*?)(?=$|  +ipd-ray )", line):
+            yield [word.strip("[]") for word in shlex.split(found, comments=True)]
 
 
 def test_commands_and_options_of_the_texts_exist():
@@ -213,22 +221,23 @@ def test_commands_and_options_of_the_texts_exist():
         while words:
             command: Any = get_command(app)
             while hasattr(command, "commands"):
-                name = words.pop(0)
-                seen.add(name)
-                assert name in command.commands
-                command = command.commands[name]
+                names = words.pop(0).split("|")
+                seen |= set(names)
+                assert set(names) <= command.commands.keys()
+                command = command.commands[names[0]]
             own, words = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
             options = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
             assert {word for word in own if word.startswith("--")} <= options
-    assert {"run", "submit", "jobs", "doctor"} <= seen
+            assert all((ROOT / word).exists() for word in own if word.startswith(("tune_configs/", "benchmarks/")))
+    assert {"run", "submit", "jobs", "doctor", "tune", "prune", "export"} <= seen
 
 
 def test_fields_and_presets_of_the_texts_exist():
     sections = {name.split(".")[0] for name in field_names()}
     seen = set()
-    for path in FOLDER.iterdir():
+    for path in {*FOLDER.iterdir(), *PAGES, *QUESTIONS}:
         text = path.read_text()
-        seen |= {f"{section}.{field}" for section, field in re.findall(r"(?<![\w./-])(\w+)\.(\w+)", text)
+        seen |= {f"{section}.{field}" for section, field in re.findall(r"(?<![\w./-])(\w+)\.(\w+)\b(?!\()", text)
                  if section in sections}
         assert set(re.findall(r"--preset ([\w-]+)", text)) <= set(preset_names())
     assert {"runtime.store", "runtime.actor_labels", "runtime.worker_labels"} <= seen
