@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,7 @@ def _place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
 
 
-def test_help_answers_at_once() -> None:
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "ipd_ray.cli", "--help"], check=True, capture_output=True)
-    assert time.monotonic() - began < 3  # 0.1 s on an idle machine
+def test_help_imports_nothing_heavy() -> None:
     heavy = "import sys, ipd_ray.cli; print(sorted({'torch', 'ray', 'minari', 'pydantic', 'numpy'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", heavy], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"
