@@ -13,7 +13,7 @@ os.environ.update(
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ipd_ray.api
 from ipd_ray import testing
 from ipd_ray.artifacts import Store
 from ipd_ray.config import (
@@ -36,7 +37,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import write_columns
 from ipd_ray.data.transitions import Spec, Transitions
-from ipd_ray.engine import Task
+from ipd_ray.engine import Task, distill_task
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.steps import (
     DistillJob,
@@ -150,6 +151,41 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
         task.function(**task.arguments)
     finish_imagination(PLACE.workspace(str(work)), len(specs))
     return Method(tiny_log, values_path, model_path, commit("imagine"), specs, imagine, planner)
+
+
+class OneProcess:
+    """An engine that does its tasks here, one after the other: a worker would import torch first."""
+
+    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        self.map_shards(tasks, lambda *_: None, tick)
+
+    def map_shards(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
+    ) -> dict[int, str]:
+        for number, task in enumerate(tasks):
+            done(number, task.function(**task.arguments))
+            tick()
+        return {}
+
+    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
+        self.run_steps([distill_task(job)], tick)
+
+    def require_storage(self, places: Sequence[str]) -> None:
+        return
+
+    def crew(self) -> tuple[int, int]:
+        return 1, 0
+
+    def close(self) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """Runs of a module's tests in this process, where engines are not what they are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ipd_ray.api, "make_engine", lambda *_: OneProcess())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 from small_runs import LOG, SETTINGS, write_log
 from typer.testing import CliRunner
 
+import ipd_ray.api
 import ipd_ray.report
 from ipd_ray import Policy, RunConfig, run
 from ipd_ray.api import plan
@@ -55,7 +56,7 @@ def settings(*more: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Path:
     """A folder with the log and one finished run, `runs/first`."""
     root = tmp_path_factory.mktemp("api")
     write_log(root / "minari")
@@ -177,6 +178,7 @@ def test_a_changed_loss_weight_redoes_only_what_depends_on_it(place: Path) -> No
 
 def test_steps_say_that_their_workers_wait_for_room(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Crew, "LOOK", 0.0)
+    monkeypatch.setattr(ipd_ray.api, "make_engine", lambda *_: LocalEngine(1))
     monkeypatch.setattr(LocalEngine, "crew", lambda self: (0, 1))
     heard = Heard()
     run(LOG, settings("distill.eta=0.2"), run_dir=place / "runs" / "waits", until="choose", listeners=[heard])

@@ -87,6 +87,7 @@ def write(root: Path, kind: Kind) -> str:
     return name
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     ("name", "planner"), [*((name, "actor") for name in KINDS), ("Dict", "mpc"), ("constant columns", "mpc")]
 )

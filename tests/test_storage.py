@@ -30,6 +30,8 @@ from ipd_ray.sweep import measures
 
 KEY = "0123456789abcdef" * 4
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 @pytest.fixture(autouse=True)
 def _minari(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,7 @@ ACTOR = ("planner.kind=actor", "actor.reaches=[0.2]", "actor.rounds=1", "actor.s
          "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")  # fmt: skip
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("who", [(), ACTOR], ids=["plans", "an actor"])
 def test_a_run_is_replayed_from_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: tuple[str, ...]

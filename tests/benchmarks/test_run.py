@@ -15,7 +15,7 @@ from ipd_ray.errors import UserError
 
 
 @pytest.fixture
-def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def logged(tmp_path: Path, one_process: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path / "minari")

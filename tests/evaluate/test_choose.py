@@ -170,6 +170,7 @@ def test_episodes_are_rounded_up_to_the_elites():
     assert len(play(0.0, Line(lambda s, s2: torch.ones_like(s)), line_log(), config)[0]) == 4
 
 
+@pytest.mark.usefixtures("one_process")
 def test_what_a_run_keeps_is_the_candidate_that_did_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from small_runs import LOG, SETTINGS, write_log
 
