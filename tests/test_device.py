@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,15 @@ import torch
 from pretend_cuda import CUDA, SYNCS, pretend_cuda
 from small_runs import SETTINGS, write_log
 
-from ipd_ray import Policy, api, report, run
+from ipd_ray import Policy, report, run
 from ipd_ray.artifacts import Artifact, Workspace, numeric_platform
 from ipd_ray.checks import check_device
 from ipd_ray.config import RunConfig, load
 from ipd_ray.data.minari_source import load as load_log
 from ipd_ray.data.transitions import prepare
-from ipd_ray.engine import Task, distill_task
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import measure
 from ipd_ray.runs import RunFolder
-from ipd_ray.steps import DistillJob
 from ipd_ray.training import Trainer
 from ipd_ray.values.fit import ValueTrainer
 from ipd_ray.world_model.fit import WorldModelTrainer
@@ -74,41 +72,17 @@ def test_what_cuda_takes_is_taken():
         assert x.cpu().numpy().tolist() == [0.0, 1.0, 5.0]
 
 
-class Here:
-    """An engine of this process: another one has no pretended GPU."""
-
-    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        for task in tasks:
-            task.function(**task.arguments)
-
-    def map_shards(self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Any) -> dict[int, str]:
-        for number, task in enumerate(tasks):
-            done(number, task.function(**task.arguments))
-        return {}
-
-    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
-        self.run_steps([distill_task(job)], tick)
-
-    def require_storage(self, places: Sequence[str]) -> None: ...
-
-    def crew(self) -> tuple[int, int]:
-        return 1, 0
-
-    def close(self) -> None: ...
-
-
 class Cut(Exception):
     """Instead of a kill."""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Where the runs of this module share what they have in common; a log lies there."""
+def place(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Any:
+    """Where the runs of this module share what they have in common; a log lies there. Another process has no GPU."""
     path = tmp_path_factory.mktemp("device")
     write_log(path / "minari")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(path / "minari"))
-        patch.setattr(api, "make_engine", lambda config, device: Here())
         patch.setattr(report, "build_report", lambda runs, path: None)
         yield path
 
