@@ -309,6 +309,8 @@ def test_a_failing_evaluation_leaves_the_policy_and_says_so(place: Path, monkeyp
         "from gymnasium.envs.classic_control import PendulumEnv\n\n"
         "class Failing(PendulumEnv):\n    def step(self, action):\n        raise RuntimeError('licence is gone')\n"
     )
+    monkeypatch.setenv("PYTHONPATH", str(place))  # a worker's error, said as engines do
+    monkeypatch.setattr(ipd_ray.api, "make_engine", lambda *_: LocalEngine(1))
     monkeypatch.syspath_prepend(str(place))
     folder = place / "runs" / "failing"
     result = CliRunner().invoke(
