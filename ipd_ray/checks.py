@@ -13,11 +13,11 @@ import torch
 
 from ipd_ray.config import RunConfig
 from ipd_ray.data.transitions import DISCOUNTS, Transitions, fitting_discount, log_remarks, prepare
-from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, first_line
 from ipd_ray.estimate import estimate_disk, estimate_memory
 from ipd_ray.evaluate.episodes import NO_SPEC, Arena, NoEnvironment, arena_of, environment_maker
 from ipd_ray.lease import Lease
+from ipd_ray.on_ray import ray_part
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import IDENTITY, MUCH_LONGER, RunFolder, human_bytes
 from ipd_ray.storage import Folder, probe

@@ -14,8 +14,8 @@ import typer.main
 
 from ipd_ray import config as config_module
 from ipd_ray.config import RunConfig
-from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError, near_name
+from ipd_ray.on_ray import ray_part
 from ipd_ray.runs import human_bytes, human_seconds
 from ipd_ray.text import answer, answer_json, say, table
 

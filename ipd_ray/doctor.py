@@ -21,9 +21,9 @@ from ipd_ray.api import plan, processes, run_folder, store_of
 from ipd_ray.artifacts import numeric_platform
 from ipd_ray.checks import check_config
 from ipd_ray.config import RunConfig, label_selector
-from ipd_ray.distributed import ray_part
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import Sizes, sizes_of, work_seconds
+from ipd_ray.on_ray import ray_part
 from ipd_ray.pipeline import Context
 from ipd_ray.runs import human_bytes
 from ipd_ray.storage import marked, troubles
