@@ -223,9 +223,9 @@ class ActorConfig(Section):
 
     reaches: Annotated[tuple[Reach, ...], Field(min_length=1)] = (0.075, 0.15, 0.3)
     """How far its actions may lie from the behaviour policy's, in units of what the log's actions use of their bounds.
-    An actor learns for each; of those that gain nearly as much as the best inside the world model, the largest is
-    kept. Large ones leave what a narrow log lets the world model know; small ones cannot mend a behaviour policy that
-    fails."""
+    An actor learns for each; the largest is kept where it gains nearly as much as the best inside the world model,
+    else the best. Large ones leave what a narrow log lets the world model know; small ones cannot mend a behaviour
+    policy that fails."""
     rounds: PositiveInt = 20
     """Times for each reach that the actor is rolled out, V learns what came of it, and the actor climbs the score with
     that V."""

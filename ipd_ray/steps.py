@@ -210,18 +210,20 @@ def run_reach(work: str, place: Place, imagination: Imagination, planner: Planne
 
 
 _SHARE = 0.85
-"""Of the best gain over the behaviour policy inside the world model: such reaches count as equally good."""
+"""Of the best gain over the behaviour policy inside the world model: such a reach counts as equally good."""
 
 
 def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the reach to take: the largest of those that gain nearly as much as the best inside the world model.
+    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else the
+    best.
 
-    What has more room to act can correct more where the world is not as the model says; where a log does not support
-    a large reach, it gains less by far (docs/notes.md). found: diagnostics that `run_reach` left.
+    What has more room to act can correct more where the world is not as the model says. Where the log does not support
+    the largest reach it gains less by far; then one that lies between goes to the edge of what is supported, and
+    nothing inside the model tells that from safety (docs/notes.md). found: diagnostics that `run_reach` left.
     """
     gain = [d["return_mean"] - d["behaviour_return"] for d in found]
-    good = [i for i, g in enumerate(gain) if g >= _SHARE * max(gain)]
-    return max(good, key=lambda i: found[i]["reach"])
+    largest, best = (max(range(len(found)), key=by.__getitem__) for by in ([d["reach"] for d in found], gain))
+    return largest if gain[largest] >= _SHARE * gain[best] else best
 
 
 def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
 VERSION = 3
 """Of an actor of one reach."""
-TAUGHT_VERSION = 5
+TAUGHT_VERSION = 6
 """Of the one that is taken, with its students."""
 _STREAM = 33
 _BATCH = 512
