@@ -214,8 +214,8 @@ _SHARE = 0.85
 
 
 def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else the
-    best.
+    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else
+    the best.
 
     What has more room to act can correct more where the world is not as the model says. Where the log does not support
     the largest reach it gains less by far; then one that lies between goes to the edge of what is supported, and

@@ -150,7 +150,7 @@ def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: 
         ({0.1: 10.0, 0.2: 10.0}, 0.2),  # nothing is gained: all are the behaviour policy
     ],
 )
-def test_the_largest_reach_is_kept_where_it_gains_nearly_the_most_and_else_the_best(returns: dict[float, float], kept: float):
+def test_the_largest_reach_is_kept_where_it_gains_nearly_the_most(returns: dict[float, float], kept: float):
     found = [{"reach": r, "return_mean": value, "behaviour_return": 10.0} for r, value in returns.items()]
     assert found[best_reach(found)]["reach"] == kept
 
