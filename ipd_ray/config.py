@@ -386,8 +386,8 @@ class DistillConfig(Section):
 
 
 class ChooseConfig(Section):
-    """Step 6, which policy is kept: of those with plans and of those without the latest that does as well as the best
-    of its kind inside the world model, and of these two the better."""
+    """Step 6, which policy is kept: the first that does as well as the best inside the world model; first come those
+    distilled with plans, the latest before earlier ones."""
 
     episodes: NonNegativeInt = 200
     """Episodes that each candidate plays inside the world model. 0: the last policy of distillation is kept."""
@@ -399,8 +399,8 @@ class ChooseConfig(Section):
     """Share of held-out steps that the world model knows: a step more uncertain than these, and than 1.5 medians, halts
     an imagined episode, and the rest of it earns as little as the worst hundredth of the log, never more than 0."""
     tolerance: NonNegativeFloat = 2.0
-    """Standard errors by which a later policy may fall short of an earlier one, in pairs of imagined episodes that
-    begin alike, and still be taken. 0: the best."""
+    """Standard errors by which a policy may fall short of the best, in pairs of imagined episodes that begin alike, and
+    still be kept if it comes first. 0: the best."""
     without_imagination: bool = True
     """Also distil from the log alone, and keep that policy where plans did harm; twice the cost of distillation."""
 

@@ -163,7 +163,7 @@ class Parts:
 
     @property
     def candidates(self) -> list[str]:
-        """The variants whose policies are chosen from."""
+        """The variants whose policies are chosen from; what roll-outs cannot tell apart goes to the first."""
         offered = ("ipd", "no_imagination") if self._choice_is_wide else ("ipd",)
         return [name for name in offered if name in self.distill]
 

@@ -45,7 +45,7 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import best_variant, imagined_returns
+from ipd_ray.evaluate.choose import first_as_good, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
@@ -524,7 +524,7 @@ def run_choose(
 ) -> None:
     """Step 6: keep one of the policies that distillations left.
 
-    distilled: artifacts by variant.
+    distilled: artifacts by variant. In this order, and of each the latest policy first, they are preferred.
     """
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
@@ -550,8 +550,7 @@ def run_choose(
         })
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
-    names = [variant for variant, *_ in policies]
-    variant, artifact, step, tensors = policies[best_variant(np.stack(earned), names, config.tolerance)]
+    variant, artifact, step, tensors = policies[first_as_good(np.stack(earned), config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +14,7 @@ from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import ensemble_uncertainty
 
-VERSION = 8
+VERSION = 9
 _STREAM = 77
 
 
@@ -42,19 +41,11 @@ def behind_the_best(returns_CN: Floats) -> tuple[Floats, Floats]:
     return lack.mean(1), lack.std(1) / np.sqrt(lack.shape[1])
 
 
-def best_variant(returns_CN: Floats, variants: Sequence[str], tolerance: float) -> int:
-    """Index of the candidate that is kept.
-
-    Of each variant the latest policy within `tolerance` standard errors of its best one (Breiman's rule: what roll-outs
-    cannot tell apart, more training decides); of these the one that earns most. variants: (C,) of each candidate, those
-    of one variant from the latest on.
-    """
-    picks = []
-    for variant in dict.fromkeys(variants):
-        rows = [i for i, name in enumerate(variants) if name == variant]
-        lack, error = behind_the_best(returns_CN[rows])
-        picks.append(next(i for i, x, e in zip(rows, lack, error, strict=True) if x <= tolerance * e))
-    return max(picks, key=lambda i: float(returns_CN[i].mean()))
+def first_as_good(returns_CN: Floats, tolerance: float) -> int:
+    """Index of the first candidate within `tolerance` standard errors of the best (Breiman's rule): what roll-outs
+    cannot tell apart, their order decides."""
+    lack, error = behind_the_best(returns_CN)
+    return next(i for i, (x, e) in enumerate(zip(lack, error, strict=True)) if x <= tolerance * e)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from method_fixtures import Line, log_of
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.evaluate.choose import behind_the_best, best_variant, first_observations, imagined_returns
+from ipd_ray.evaluate.choose import behind_the_best, first_as_good, first_observations, imagined_returns
 
 
 class Always:
@@ -148,21 +148,11 @@ def test_candidates_are_compared_by_pairs_of_episodes():
     assert error.tolist() == [0.0, 0.0, 2.5]
 
 
-def test_the_latest_policy_is_kept_unless_an_earlier_one_is_surely_better():
-    def kept(latest: np.ndarray, tolerance: float = 2.0) -> int:
-        return best_variant(np.stack([latest, STARTS]), ["plans", "plans"], tolerance)
-
-    assert kept(STARTS - 1.0) == 1
-    assert kept(STARTS + SWINGS) == 0
-    assert kept(STARTS + SWINGS, tolerance=0.1) == 1
-
-
-def test_of_two_kinds_of_policies_the_better_is_kept_however_little_it_is():
-    order = ["plans", "plans", "log", "log"]
-    same = np.stack([STARTS + SWINGS, STARTS, STARTS, STARTS - 5.0])
-    assert best_variant(same, order, 2.0) == 2  # by one, of the latest of both
-    assert best_variant(same[[2, 3, 0, 1]], order, 2.0) == 0
-    assert best_variant(np.stack([STARTS - 50.0, STARTS + 1.0, STARTS, STARTS]), order, 2.0) == 1
+def test_the_first_policy_is_kept_unless_another_is_surely_better():
+    assert first_as_good(np.stack([STARTS - 1.0, STARTS]), 2.0) == 1
+    assert first_as_good(np.stack([STARTS + SWINGS, STARTS]), 2.0) == 0
+    assert first_as_good(np.stack([STARTS + SWINGS, STARTS]), 0.1) == 1
+    assert first_as_good(np.stack([STARTS - 50.0, STARTS + SWINGS, STARTS]), 2.0) == 1
 
 
 def test_episodes_are_rounded_up_to_the_elites():
