@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections import Counter
@@ -279,7 +280,7 @@ def test_an_environment_that_does_not_fit_its_log_is_left_out_before_any_work(pl
 
 
 def test_episodes_without_a_limit_of_time_end_with_the_log_s(place: Path) -> None:
-    spec = gymnasium.spec("Pendulum-v1")
+    spec = copy.deepcopy(gymnasium.spec("Pendulum-v1"))  # the registry's own is everybody's
     spec.max_episode_steps = None
     name, free = named(place, "test/endless-v0", spec), settings("evaluate.max_steps=null")
     folder = place / "runs" / "endless"

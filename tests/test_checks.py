@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def test_an_environment_whose_actions_reach_farther_than_the_log_s(bounds: tuple
 
 def own(t: Transitions, **changes: Any) -> Transitions:
     """The log with Pendulum as its own environment."""
-    spec = gymnasium.spec("Pendulum-v1")
+    spec = copy.deepcopy(gymnasium.spec("Pendulum-v1"))  # the registry's own is everybody's
     spec.max_episode_steps = changes.pop("max_episode_steps", 200)
     return replace(t, spec=replace(t.spec, env_spec=spec.to_json()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_an_environment_that_is_not_the_log_s_own_is_no_environment(other: str, 
 def test_an_episode_s_limit_is_the_user_s_or_the_environment_s_or_the_log_s(
     own: int | None, ended: bool, asked: int | None, steps: int
 ):
-    spec = gym.spec(ID)
+    spec = copy.deepcopy(gym.spec(ID))
     spec.max_episode_steps = own
     found = arena_of(log(4, 7, ended=ended, env_spec=spec.to_json()), EvaluateConfig(max_steps=asked))
     assert found.config.max_steps == steps
