@@ -151,19 +151,23 @@ def _together(rows: list[dict[str, Any]], processes: int) -> tuple[float, float]
 
 def estimate_disk(context: Context, until: str) -> int:
     """Return the bytes that the run will write to the store."""
-    sizes, parts = sizes_of(context), {part.name: part for part in context.parts.until(until)}
-    need = [_disk(parts[row["step"]].step, context.config, sizes) for row in state_of(context, until)
-            if row["state"] in TO_COME]
-    return round(sum(need)) + _data_left(context, sizes)
+    sizes = sizes_of(context)
+    need = sum(_disk(part.step, context.config, sizes) for part in _to_come(context, until))
+    return round(need) + _data_left(context, sizes)
 
 
 def estimate_memory(context: Context, until: str, processes: int) -> tuple[float, str]:
     """Return the bytes of memory that the run will need at its peak, with `processes` workers, and for which step."""
-    sizes, parts = sizes_of(context), {part.name: part for part in context.parts.until(until)}
-    rows = [{"step": row["step"], "seconds": 0.0, "memory": _memory(parts[row["step"]].step, context.config, sizes)}
-            for row in state_of(context, until) if row["state"] in TO_COME]  # fmt: skip
+    sizes = sizes_of(context)
+    rows = [{"step": part.name, "seconds": 0.0, "memory": _memory(part.step, context.config, sizes)}
+            for part in _to_come(context, until)]  # fmt: skip
     most = max(rows, key=lambda row: _together([row], processes)[1], default={"step": ""})
     return _driver_bytes(sizes) + _together(rows, processes)[1], most["step"]
+
+
+def _to_come(context: Context, until: str) -> list[Part]:
+    parts = {part.name: part for part in context.parts.until(until)}
+    return [parts[row["step"]] for row in state_of(context, until) if row["state"] in TO_COME]
 
 
 def _data_left(context: Context, sizes: Sizes) -> int:

@@ -275,10 +275,6 @@ class Log:
         action = self.transitions.action[self.train_steps].astype(np.float64)
         return np.minimum(1.0, spread(action, np.ones(action.shape[1])) / np.float32(_WIDE))
 
-    def within_limit(self, steps: int) -> int:
-        """Return `steps`, or the time limit where that is less."""
-        return self.transitions.within_limit(steps)
-
     @cached_property
     def common_timestep(self) -> int:
         """Last step of an episode that enough of the log reaches for a policy to learn what time it is: a tenth of the

@@ -80,7 +80,7 @@ def imagined_returns(
     halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)
     poorest = min(0.0, float(np.quantile(log.reward, 0.01)))
-    length = log.within_limit(config.length)
+    length = t.within_limit(config.length)
     noise_std = config.noise_std * torch.from_numpy(log.action_unit).to(device)
     earned: Floats | None = None
     policy.reset()

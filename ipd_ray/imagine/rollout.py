@@ -38,7 +38,7 @@ def shard_specs(index: Ints, control: Bools, shard_size: int) -> list[ShardSpec]
 
 def segment_length(log: Log, imagine: ImagineConfig) -> int:
     """L: no longer than an episode may last."""
-    return log.within_limit(imagine.length)
+    return log.transitions.within_limit(imagine.length)
 
 
 @torch.no_grad()

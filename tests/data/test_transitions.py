@@ -186,7 +186,8 @@ def test_a_limit_of_time_is_what_cuts_the_longest_episodes():
 
     assert all(log((first, True), (9, False)).transitions.time_limit == 9 for first in (5, 9))
     assert log((5, False), (9, True)).transitions.time_limit is None
-    assert log((5, True), (9, False)).within_limit(20) == 9 and log((9, True)).within_limit(20) == 20
+    assert log((5, True), (9, False)).transitions.within_limit(20) == 9
+    assert log((9, True)).transitions.within_limit(20) == 20
 
 
 @pytest.mark.parametrize(
