@@ -159,8 +159,10 @@ def estimate_disk(context: Context, until: str) -> int:
 def estimate_memory(context: Context, until: str, processes: int) -> tuple[float, str]:
     """Return the bytes of memory that the run will need at its peak, with `processes` workers, and for which step."""
     sizes = sizes_of(context)
-    rows = [{"step": part.name, "seconds": 0.0, "memory": _memory(part.step, context.config, sizes)}
-            for part in _to_come(context, until)]  # fmt: skip
+    rows: list[dict[str, Any]] = [
+        {"step": part.name, "seconds": 0.0, "memory": _memory(part.step, context.config, sizes)}
+        for part in _to_come(context, until)
+    ]
     most = max(rows, key=lambda row: _together([row], processes)[1], default={"step": ""})
     return _driver_bytes(sizes) + _together(rows, processes)[1], most["step"]
 
