@@ -33,7 +33,7 @@ from ipd_ray.estimate import estimate, total
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
 from ipd_ray.listeners import Logged, recorders
-from ipd_ray.pipeline import STEPS, TO_COME, Context, copy_policy, run_until, state_of, summarise
+from ipd_ray.pipeline import STEPS, TO_COME, Context, copy_policy, distill_job, run_until, state_of, summarise
 from ipd_ray.progress import NOTE, Listener, Listeners
 from ipd_ray.runs import CURVES, IDENTITY, LINKS, SCHEMA, SUMMARY, RunFolder, register
 from ipd_ray.steps import DistillJob, LogRef, Place
@@ -164,15 +164,12 @@ def job_of(run: RunFolder, *, imagined: bool = True) -> DistillJob:
     """
     config = build(run.config)
     columns = columns_file(run.store, run.identity["content_hash"])
-    return DistillJob(
-        work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
+    return distill_job(
+        config, config.distill, work="", place=Place("cpu", 1, config.runtime.checkpoint_seconds),
         log=LogRef(str(columns), config.data, config.seed), values=str(run.artifact("values")),
         world_model=str(run.artifact("world_model")) if imagined else None,
         imagination=str(run.artifact("imagine")) if imagined else None,
-        uncertainty=config.imagine.uncertainty,
-        regret_share=config.select.regret_share, accept=config.accept, policy=config.policy, distill=config.distill,
-        seed=config.seed,
-    )
+    )  # fmt: skip
 
 
 # ---- where

@@ -30,6 +30,7 @@ from ipd_ray.progress import NOTE, Crew, CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
     DistillJob,
     Imagination,
+    Inside,
     LogRef,
     Place,
     finish_imagination,
@@ -317,10 +318,13 @@ def learn_actor(context: Context) -> None:
 
 def _imagination(context: Context) -> Imagination:
     config, parts = context.config, context.parts
-    return Imagination(
-        context.log, context.path(parts.values), context.path(parts.world_model), config.actor, judge_of(config),
-        config.imagine.uncertainty, config.accept.range_margin, config.seed,
-    )  # fmt: skip
+    inside = inside_of(config, judge_of(config), context.log, context.path(parts.world_model))
+    return Imagination(inside, context.path(parts.values), config.actor)
+
+
+def inside_of(config: RunConfig, judge: ChooseConfig, log: LogRef, world_model: str) -> Inside:
+    """Where a run plays whole episodes inside its world model, by the rules of `judge`."""
+    return Inside(log, world_model, judge, config.imagine.uncertainty, config.accept.range_margin, config.seed)
 
 
 def judge_of(config: RunConfig) -> ChooseConfig:
@@ -390,23 +394,26 @@ def distill(context: Context, variant: str = "ipd") -> None:
 
     def compute(folders: dict[str, Folder]) -> None:
         folder = folders[variant]
-        job = DistillJob(
-            work=str(folder),
-            place=context.place(train_threads(config)),
-            log=context.log,
+        job = distill_job(
+            config, section, work=str(folder), place=context.place(train_threads(config)), log=context.log,
             values=context.path(context.parts.values),
             world_model=context.path(context.parts.world_model) if imagined else None,
             imagination=context.path(context.parts.imagine) if imagined else None,
-            uncertainty=config.imagine.uncertainty,
-            regret_share=config.select.regret_share,
-            accept=config.accept,
-            policy=config.policy,
-            distill=section,
-            seed=config.seed,
-        )
+        )  # fmt: skip
         context.engine.distill(job, _tick(context, {part.name: folder}))
 
     context.obtain({variant: part}, compute)
+
+
+def distill_job(
+    config: RunConfig, section: DistillConfig, *, work: str, place: Place, log: LogRef, values: str,
+    world_model: str | None, imagination: str | None,
+) -> DistillJob:  # fmt: skip
+    """A distillation of a run. section: of one of its variants."""
+    return DistillJob(
+        work, place, log, values, world_model, imagination, config.imagine.uncertainty, config.select.regret_share,
+        config.accept, config.policy, section, config.seed,
+    )
 
 
 def choose(context: Context) -> None:
@@ -414,13 +421,8 @@ def choose(context: Context) -> None:
     config, part = context.config, context.parts.choose
     assert part is not None  # part of the run
     _obtain(context, [Job(part, run_choose, lambda: {
-        "log": context.log,
-        "world_model": context.path(context.parts.world_model),
+        "inside": inside_of(config, config.choose, context.log, context.path(context.parts.world_model)),
         "distilled": {name: context.path(context.parts.distill[name]) for name in context.parts.candidates},
-        "uncertainty": config.imagine.uncertainty,
-        "range_margin": config.accept.range_margin,
-        "config": config.choose,
-        "seed": config.seed,
     })])
 
 

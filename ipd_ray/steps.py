@@ -42,14 +42,16 @@ from ipd_ray.distill.fit import (
     fit_policy,
     imagined_advantage,
     imagined_outcome,
+    raw_outcome,
+    raw_return_to_go,
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import first_as_good, imagined_returns
+from ipd_ray.evaluate.choose import Player, first_as_good, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
-from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, segment_length, shard_specs
 from ipd_ray.imagine.select import select_starts
 from ipd_ray.storage import Folder
@@ -65,7 +67,7 @@ from ipd_ray.values.fit import (
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.ensemble import WorldModel
 from ipd_ray.world_model.fit import fit_world_model, load_world_model
-from ipd_ray.world_model.uncertainty import KINDS
+from ipd_ray.world_model.uncertainty import KINDS, Trust, known_threshold
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,29 @@ def run_world_model(work: str, place: Place, log: LogRef, config: WorldModelConf
     fit_world_model(log.load(), config, seed=seed, device=place.device, workspace=place.workspace(work))
 
 
-_ALIKE = 1.5
-"""Times the median, up to which an uncertainty is as good as it."""
+@dataclass(frozen=True)
+class Inside:
+    """Where whole episodes are played without an environment: inside the world model, as far as it knows."""
 
+    log: LogRef
+    world_model: str
+    config: ChooseConfig
+    uncertainty: str
+    range_margin: float
+    seed: int
 
-def known_threshold(world_model: str, uncertainty: str, known: float) -> float:
-    """U that a share `known` of the held-out steps stays under, and not much over their median: of few steps that
-    share is all, and where noise rules they are all alike."""
-    u = holdout_uncertainty(world_model, uncertainty)
-    return float(max(np.quantile(u, known), _ALIKE * np.median(u)))
+    @cached_property  # read from the artifact; asked for at each round of an actor
+    def trust(self) -> Trust:
+        """How far the world model is believed."""
+        known = known_threshold(holdout_uncertainty(self.world_model, self.uncertainty), self.config.known)
+        return Trust(self.uncertainty, known, self.range_margin)
+
+    def play(self, player: Player, device: str) -> tuple[Floats, float, float]:
+        """Returns of whole episodes, the shares that ended and were halted; as `imagined_returns`."""
+        dynamics = world_model_of(self.world_model, device)
+        return imagined_returns(
+            player, self.log.load(), dynamics, self.config, self.trust, seed=self.seed, device=device
+        )
 
 
 @lru_cache(maxsize=1)
@@ -160,38 +176,23 @@ def actor_of(path: str, device: str) -> Actor:
 
 @dataclass(frozen=True)
 class Imagination:
-    """What the actor's steps share: all that has been learned, and how far the world model is trusted."""
+    """What the actor's steps share: all that has been learned."""
 
-    log: LogRef
+    inside: Inside
     values: str
-    world_model: str
     config: ActorConfig
-    judge: ChooseConfig
-    """How whole episodes are played inside the world model."""
-    uncertainty: str
-    range_margin: float
-    seed: int
 
     def rollouts(self, device: str) -> Rollouts:
         """Where an actor is rolled out."""
+        inside = self.inside
         return Rollouts(
-            self.log.load(), values_of(self.values, device), world_model_of(self.world_model, device), self.config,
-            uncertainty=self.uncertainty, threshold=self._threshold, range_margin=self.range_margin, seed=self.seed,
-            device=device,
+            inside.log.load(), values_of(self.values, device), world_model_of(inside.world_model, device), self.config,
+            inside.trust, seed=inside.seed, device=device,
         )  # fmt: skip
 
     def play(self, actor: Actor, device: str) -> tuple[Floats, float, float]:
-        """Returns of whole episodes inside the world model; as `imagined_returns`."""
-        log = self.log.load()
-        return imagined_returns(
-            _Memoryless(actor, log, device), log, world_model_of(self.world_model, device), self.judge,
-            uncertainty=self.uncertainty, threshold=self._threshold, range_margin=self.range_margin, seed=self.seed,
-            device=device,
-        )  # fmt: skip
-
-    @cached_property  # read from the artifact; asked for at each round
-    def _threshold(self) -> float:
-        return known_threshold(self.world_model, self.uncertainty, self.judge.known)
+        """Returns of whole episodes; as `Inside.play`."""
+        return self.inside.play(_Memoryless(actor, self.inside.log.load(), device), device)
 
 
 def run_reach(work: str, place: Place, imagination: Imagination, planner: PlannerConfig, reach: float) -> None:
@@ -207,23 +208,6 @@ def run_reach(work: str, place: Place, imagination: Imagination, planner: Planne
         "return_mean": float(returns.mean()), "return_sem": float(returns.std() / np.sqrt(len(returns))),
         "ended": ended, "halted": halted,
     }, actor=actor.sizes)
-
-
-_SHARE = 0.85
-"""Of the best gain over the behaviour policy inside the world model: such a reach counts as equally good."""
-
-
-def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else
-    the best.
-
-    What has more room to act can correct more where the world is not as the model says. Where the log does not support
-    the largest reach it gains less by far; then one that lies between goes to the edge of what is supported, and
-    nothing inside the model tells that from safety (docs/notes.md). found: diagnostics that `run_reach` left.
-    """
-    gain = [d["return_mean"] - d["behaviour_return"] for d in found]
-    largest, best = (max(range(len(found)), key=by.__getitem__) for by in ([d["reach"] for d in found], gain))
-    return largest if gain[largest] >= _SHARE * gain[best] else best
 
 
 def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequence[str]) -> None:
@@ -431,8 +415,9 @@ class DistillJob:
 
     def imagined(self, log: Log) -> tuple[Segments, Accepted, dict[str, Any]]:
         """Return all imagined segments, which of them count and how far, and what a run reports of that."""
+        t = log.transitions
         if self.imagination is None or self.world_model is None:
-            return _no_segments(log), _nothing_accepted(), {}
+            return Segments.none(t.observation_dim, t.spec.action_dim), Accepted.nothing(), {}
         segments = read_segments(self.imagination)
         gate = gate_of(
             self.accept, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
@@ -467,7 +452,7 @@ class DistillJob:
         if scheme == "outcome":
             return Prompts(returns, imagined_outcome(segments, verdict.length, log.discount))
         if scheme == "fixed":
-            return Prompts(raw_return_to_go(log), _raw_outcome(log, segments, verdict.length))
+            return Prompts(raw_return_to_go(log), raw_outcome(log, segments, verdict.length))
         if scheme == "none":
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])
@@ -511,25 +496,13 @@ def policies_of(artifact: Artifact) -> list[tuple[int, dict[str, torch.Tensor]]]
     return [*((step, {**tensors, **changed}) for step, changed in artifact.snapshots()), last]
 
 
-def run_choose(
-    work: str,
-    place: Place,
-    log: LogRef,
-    world_model: str,
-    distilled: dict[str, str],
-    uncertainty: str,
-    range_margin: float,
-    config: ChooseConfig,
-    seed: int,
-) -> None:
+def run_choose(work: str, place: Place, inside: Inside, distilled: dict[str, str]) -> None:
     """Step 6: keep one of the policies that distillations left.
 
     distilled: artifacts by variant. In this order, and of each the latest policy first, they are preferred.
     """
     workspace = place.workspace(work)
     workspace.rewind({})  # it takes a minute or two: what was cut off begins anew
-    data, dynamics = log.load(), world_model_of(world_model, place.device)
-    threshold = known_threshold(world_model, uncertainty, config.known)
     policies = [
         (variant, artifact, step, tensors)
         for variant, artifact in ((name, Artifact(path)) for name, path in distilled.items())
@@ -539,10 +512,7 @@ def run_choose(
     earned: list[Floats] = []
     for i, (variant, artifact, step, tensors) in enumerate(policies):
         acting = Policy(artifact.described, tensors, place.device)
-        returns, ended, halted = imagined_returns(
-            acting, data, dynamics, config, uncertainty=uncertainty, threshold=threshold, range_margin=range_margin,
-            seed=seed, device=place.device,
-        )  # fmt: skip
+        returns, ended, halted = inside.play(acting, place.device)
         earned.append(returns)
         found.append({
             "variant": variant, "step": step, "return_mean": float(returns.mean()), "ended": ended, "halted": halted,
@@ -550,7 +520,7 @@ def run_choose(
         })
         shown = {name: found[-1][name] for name in ("return_mean", "ended", "halted")}
         workspace.log(i + 1, len(policies), shown)
-    variant, artifact, step, tensors = policies[first_as_good(np.stack(earned), config.tolerance)]
+    variant, artifact, step, tensors = policies[first_as_good(np.stack(earned), inside.config.tolerance)]
     kept = ("spec", "reward_scale", "prompt", "discount", "policy", "values", "target_return")
     workspace.finish(
         tensors, {"candidates": found, "variant": variant, "step": step},
@@ -613,55 +583,3 @@ def run_evaluate(
     scores["curve"] = curve
     scores["best"] = max(curve, key=lambda point: point["return_mean"])
     workspace.finish({"returns": torch.tensor(scores["returns"], dtype=torch.float64)}, scores)
-
-
-def raw_return_to_go(log: Log) -> np.ndarray:
-    """Undiscounted raw return-to-go (T,), Decision Transformer's prompt."""
-    t = log.transitions
-    total = np.cumsum(t.reward.astype(np.float64))
-    before = np.concatenate([[0.0], total])[:-1]
-    return (total[log.episode_end] - before).astype(np.float32)
-
-
-def _raw_outcome(log: Log, segments: Segments, lengths: np.ndarray) -> np.ndarray:
-    """Raw return-to-go (S, L) of imagined steps: imagined rewards to the cut, then what the log still brought.
-
-    After a predicted termination nothing follows.
-    """
-    S, L = len(segments), segments.length
-    if S == 0:
-        return np.zeros((0, L), np.float32)
-    inside = np.arange(L) < lengths[:, None]
-    imagined = np.where(inside, segments.reward, 0.0)
-    own = np.where(inside, segments.own_reward, 0.0).sum(1)
-    rest = raw_return_to_go(log)[segments.index] - own / log.reward_scale
-    rest = np.where((segments.terminal & inside).any(1), 0.0, rest)
-    to_cut = np.cumsum(imagined[:, ::-1], 1)[:, ::-1]
-    return (to_cut / log.reward_scale + rest[:, None]).astype(np.float32)
-
-
-def _no_segments(log: Log) -> Segments:
-    t = log.transitions
-    none, one = np.zeros(0, np.int64), np.zeros((0, 1), np.float32)
-    return Segments(
-        index=none,
-        episode=none,
-        timestep=none,
-        control=np.zeros(0, bool),
-        observation=np.zeros((0, 2, t.observation_dim), np.float32),
-        action=np.zeros((0, 1, t.spec.action_dim), np.float32),
-        imitated=np.zeros((0, 1, t.spec.action_dim), np.float32),
-        reward=one,
-        terminal=np.zeros((0, 1), bool),
-        uncertainty=one,
-        value=np.zeros((0, 2), np.float32),
-        own_reward=one,
-        own_terminal=np.zeros((0, 1), bool),
-        own_length=none,
-        own_value=np.zeros((0, 2), np.float32),
-    )
-
-
-def _nothing_accepted() -> Accepted:
-    none, no = np.zeros(0, np.float32), np.zeros(0, bool)
-    return Accepted(no, no, np.zeros(0, np.int64), none, none, {})

@@ -27,8 +27,8 @@ from ipd_ray.config import load
 from ipd_ray.engine import LocalEngine
 from ipd_ray.errors import UserError
 from ipd_ray.estimate import ACT_SECONDS, ENVIRONMENT_SECONDS, STARTUP_SECONDS
+from ipd_ray.imagine.actor import best_reach
 from ipd_ray.progress import Crew
-from ipd_ray.steps import best_reach
 
 
 class Heard:

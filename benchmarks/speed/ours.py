@@ -292,11 +292,12 @@ def distill(options: Mapping[str, Any]) -> Work:
 
 def material_of(log: Log) -> Any:
     """What is distilled, of the log alone."""
+    from ipd_ray.data.shards import Segments
     from ipd_ray.distill.fit import Material
     from ipd_ray.distill.windows import Prompts
-    from ipd_ray.steps import _no_segments
 
-    segments, steps = _no_segments(log), len(log.transitions)
+    t = log.transitions
+    segments, steps = Segments.none(t.observation_dim, t.spec.action_dim), len(t)
     prompts = Prompts(log.return_parts[0], np.zeros((0, segments.length), np.float32))
     return Material(
         log, segments, np.zeros(0, bool), np.zeros(0, np.int64), 0.0, prompts, np.ones(steps, np.float32),

@@ -60,6 +60,19 @@ class Segments:
     own_value: Floats
     """(S, L + 1), V along the log."""
 
+    @classmethod
+    def none(cls, observation_dim: int, action_dim: int) -> Segments:
+        """No segment at all."""
+        none, no = np.zeros(0, np.int64), np.zeros(0, bool)
+        one, two = np.zeros((0, 1), np.float32), np.zeros((0, 2), np.float32)
+        action, ends = np.zeros((0, 1, action_dim), np.float32), np.zeros((0, 1), bool)
+        return cls(
+            index=none, episode=none, timestep=none, control=no,
+            observation=np.zeros((0, 2, observation_dim), np.float32), action=action, imitated=action, reward=one,
+            terminal=ends, uncertainty=one, value=two, own_reward=one, own_terminal=ends, own_length=none,
+            own_value=two,
+        )  # fmt: skip
+
     def __len__(self) -> int:
         return len(self.index)
 

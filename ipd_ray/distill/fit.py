@@ -167,6 +167,31 @@ def imagined_outcome(segments: Segments, lengths: Ints, discount: float) -> Floa
     return outcome
 
 
+def raw_return_to_go(log: Log) -> Floats:
+    """Undiscounted raw return-to-go (T,), Decision Transformer's prompt."""
+    t = log.transitions
+    total = np.cumsum(t.reward.astype(np.float64))
+    before = np.concatenate([[0.0], total])[:-1]
+    return (total[log.episode_end] - before).astype(np.float32)
+
+
+def raw_outcome(log: Log, segments: Segments, lengths: Ints) -> Floats:
+    """Raw return-to-go (S, L) of imagined steps: imagined rewards to the cut, then what the log still brought.
+
+    After a predicted termination nothing follows.
+    """
+    S, L = len(segments), segments.length
+    if S == 0:
+        return np.zeros((0, L), np.float32)
+    inside = np.arange(L) < lengths[:, None]
+    imagined = np.where(inside, segments.reward, 0.0)
+    own = np.where(inside, segments.own_reward, 0.0).sum(1)
+    rest = raw_return_to_go(log)[segments.index] - own / log.reward_scale
+    rest = np.where((segments.terminal & inside).any(1), 0.0, rest)
+    to_cut = np.cumsum(imagined[:, ::-1], 1)[:, ::-1]
+    return (to_cut / log.reward_scale + rest[:, None]).astype(np.float32)
+
+
 class DistillTrainer:
     """One update of the policy on a global batch that is the same whatever the number of workers."""
 

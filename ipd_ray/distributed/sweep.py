@@ -40,14 +40,12 @@ from ipd_ray.distributed.engine import asked_for
 from ipd_ray.distributed.nodes import require_storage
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import imagined_returns
 from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
-from ipd_ray.pipeline import Parts
+from ipd_ray.pipeline import Parts, inside_of
 from ipd_ray.progress import NOTE, Listener
 from ipd_ray.runs import SUMMARY, RunFolder
-from ipd_ray.steps import known_threshold, world_model_of
 from ipd_ray.storage import Folder
 from ipd_ray.sweep import (
     BEST,
@@ -654,10 +652,5 @@ class _Rungs(_Heard):
             return float(evaluate(policy, arena.config)["return_mean"])
         except NoEnvironment:
             policy = Policy(described, acting, device, **ranked)
-            world_model, kind = str(self._run.artifact("world_model")), config.imagine.uncertainty
-            threshold = known_threshold(world_model, kind, config.choose.known)
-            returns, *_ = imagined_returns(
-                policy, job.log.load(), world_model_of(world_model, device), config.choose, uncertainty=kind,
-                threshold=threshold, range_margin=config.accept.range_margin, seed=config.seed, device=device,
-            )
-            return float(returns.mean())
+            inside = inside_of(config, config.choose, job.log, str(self._run.artifact("world_model")))
+            return float(inside.play(policy, device)[0].mean())

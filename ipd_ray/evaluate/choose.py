@@ -12,7 +12,7 @@ from ipd_ray.data.transitions import Floats, Log
 from ipd_ray.imagine.accept import widened
 from ipd_ray.imagine.planner import ImaginationDynamics
 from ipd_ray.layers import block_generator
-from ipd_ray.world_model.uncertainty import ensemble_uncertainty
+from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
 VERSION = 9
 _STREAM = 77
@@ -54,10 +54,8 @@ def imagined_returns(
     log: Log,
     dynamics: ImaginationDynamics,
     config: ChooseConfig,
+    trust: Trust,
     *,
-    uncertainty: str,
-    threshold: float,
-    range_margin: float,
     seed: int,
     device: str,
 ) -> tuple[Floats, float, float]:
@@ -66,16 +64,16 @@ def imagined_returns(
 
     Off-policy evaluation by the model. Each step of each episode is answered by an elite drawn for it (TS1, Chua et al.
     2018), and each action carries noise, the same for every policy. An episode is halted at a step whose U is over
-    `threshold` (MOReL, arXiv:2005.05951): what lies beyond is the model's invention, which policies that were made
+    the trusted (MOReL, arXiv:2005.05951): what lies beyond is the model's invention, which policies that were made
     inside the model have learned to please; every step from there on earns the log's poorest reward (1 % quantile),
     and never more than an end would: where all that is logged is paid, leaving is not. Noise is in units of
-    `Log.action_unit`. uncertainty: kind of U. range_margin: share of the log's range by which a state may lie outside
-    it; it is held there. N is `config.episodes`, rounded up to a multiple of the elites.
+    `Log.action_unit`. A state beyond the trusted range is held at its bound. N is `config.episodes`, rounded up to a
+    multiple of the elites.
     """
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
     s = torch.from_numpy(first_observations(log, N)).to(device)
-    least, most = (torch.from_numpy(x).to(device) for x in widened(*log.step_ranges[:2], range_margin))
+    least, most = (torch.from_numpy(x).to(device) for x in widened(*log.step_ranges[:2], trust.range_margin))
     alive = torch.ones(N, dtype=torch.bool, device=device)
     halted = torch.zeros_like(alive)
     total = torch.zeros(N, device=device)
@@ -90,7 +88,7 @@ def imagined_returns(
         noise = torch.randn(action.shape, generator=generator).to(device)
         action = (action + noise_std * noise).clamp(-1.0, 1.0)
         gaussians = dynamics.step_together(s, action)[3]
-        halts = alive & (ensemble_uncertainty(*gaussians, uncertainty) > threshold)
+        halts = alive & (ensemble_uncertainty(*gaussians, trust.uncertainty) > trust.threshold)
         total += torch.where(halts, poorest * (length - k), 0.0)
         halted |= halts
         alive &= ~halts

@@ -34,6 +34,12 @@ class Accepted:
     reasons: dict[str, float]
     """Share of segments that fail each test."""
 
+    @classmethod
+    def nothing(cls) -> Accepted:
+        """The verdict on no segment."""
+        none, no = np.zeros(0, np.float32), np.zeros(0, bool)
+        return cls(no, no, np.zeros(0, np.int64), none, none, {})
+
 
 def widened(low: Any, high: Any, margin: float) -> tuple[Any, Any]:
     """Return the bounds of a range, each farther out by `margin` times its width, and by what float32 rounds off: what

@@ -9,7 +9,7 @@ world model, ends that the log never saw among them (docs/notes.md).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from ipd_ray.layers import EnsembleMLP, block_generator
 from ipd_ray.training import exhaust, train
 from ipd_ray.values.fit import evaluate_in_chunks, frozen
 from ipd_ray.values.networks import ValueFunctions
-from ipd_ray.world_model.uncertainty import ensemble_uncertainty
+from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
 VERSION = 3
 """Of an actor of one reach."""
@@ -47,6 +47,8 @@ _FRONTIER = 0.3
 """Share of the log, of the highest V, in which many roll-outs start."""
 _WORST = 0.001
 """Quantile of the log's V that a state beyond what is known is worth at most."""
+_SHARE = 0.85
+"""Of the best gain over the behaviour policy inside the world model: such a reach counts as equally good."""
 
 
 class Actor(nn.Module):
@@ -126,7 +128,7 @@ class Walk:
 class Rollouts:
     """Roll-outs of an actor inside the world model, as far as it knows.
 
-    Each stays inside one elite, and stops where its observation leaves the log's range or its U exceeds `threshold`.
+    Each stays inside one elite, and stops where its observation leaves the trusted range or its U is not trusted.
     """
 
     def __init__(
@@ -135,18 +137,15 @@ class Rollouts:
         values: ValueFunctions,
         dynamics: ImaginationDynamics,
         config: ActorConfig,
+        trust: Trust,
         *,
-        uncertainty: str,
-        threshold: float,
-        range_margin: float,
         seed: int,
         device: str,
     ):
-        """values: step 1's result. uncertainty, threshold: kind of U, and over which value a step is not known.
-        range_margin: share of the log's range by which an observation may leave it."""
+        """values: step 1's result."""
         self.log, self.values, self.dynamics, self.config = log, values, dynamics, config
         self.seed, self.device = seed, device
-        self._uncertainty, self._threshold = uncertainty, threshold
+        self._trust = trust
         t = log.transitions
         self._noise_std = config.noise_std * torch.from_numpy(log.action_unit).to(device)
         self.observation = torch.from_numpy(t.observation).to(device)
@@ -154,7 +153,7 @@ class Rollouts:
         self.v = evaluate_in_chunks(values.v, t.observation, device=device)
         """(T,) by step 1."""
         self._frontier = np.argsort(-self.v, kind="stable")[: max(1, int(_FRONTIER * len(t)))]
-        known = widened(*log.step_ranges[:2], range_margin)
+        known = widened(*log.step_ranges[:2], trust.range_margin)
         self._low, self._high = (torch.from_numpy(x).to(device) for x in known)
 
     def rows(self, starts: int) -> int:
@@ -182,7 +181,7 @@ class Rollouts:
             noise = torch.randn(action.shape, generator=generator).to(self.device)
             action = (action + noise_std * noise).clamp(-1.0, 1.0)
             gaussians = self.dynamics.step_together(s, action)[3]
-            unknown = ensemble_uncertainty(*gaussians, self._uncertainty) > self._threshold
+            unknown = ensemble_uncertainty(*gaussians, self._trust.uncertainty) > self._trust.threshold
             following, reward, end = self.dynamics.step(s.reshape(E, rows // E, -1), action.reshape(E, rows // E, -1))
             following = following.reshape(rows, -1)
             ends = alive & (end.reshape(rows) > 0.5)
@@ -413,3 +412,16 @@ def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], devi
     actor = Actor(**described["actor"])
     actor.load_state_dict(dict(tensors))
     return frozen(actor, device)
+
+
+def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
+    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else
+    the best.
+
+    What has more room to act can correct more where the world is not as the model says. Where the log does not support
+    the largest reach it gains less by far; then one that lies between goes to the edge of what is supported, and
+    nothing inside the model tells that from safety (docs/notes.md). found: diagnostics of the reaches.
+    """
+    gain = [d["return_mean"] - d["behaviour_return"] for d in found]
+    largest, best = (max(range(len(found)), key=by.__getitem__) for by in ([d["reach"] for d in found], gain))
+    return largest if gain[largest] >= _SHARE * gain[best] else best

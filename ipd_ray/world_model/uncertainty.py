@@ -1,11 +1,36 @@
-"""U(s, a): how far apart the elites' Gaussians are. Shapes: E elites, B rows, D dimensions."""
+"""U(s, a): how far apart the elites' Gaussians are, and what is known. Shapes: E elites, B rows, D dimensions."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+_ALIKE = 1.5
+"""Times the median, up to which an uncertainty is as good as it."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far a world model is believed."""
+
+    uncertainty: str
+    """Kind of U, of KINDS."""
+    threshold: float
+    """U over which a step is not known."""
+    range_margin: float
+    """Share of the log's range by which an observation may lie outside it."""
+
+
+def known_threshold(uncertainty_H: NDArray[Any], known: float) -> float:
+    """U that a share `known` of the held-out steps (H,) stays under, and not much over their median: of few steps that
+    share is all, and where noise rules they are all alike."""
+    return float(max(np.quantile(uncertainty_H, known), _ALIKE * np.median(uncertainty_H)))
 
 
 def geometric_js(mean_1: Tensor, log_var_1: Tensor, mean_2: Tensor, log_var_2: Tensor, kind: str) -> Tensor:

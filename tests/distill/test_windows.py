@@ -15,9 +15,15 @@ from method_fixtures import counting_log, segments_of
 from ipd_ray.config import DistillConfig, PolicyConfig
 from ipd_ray.data.shards import Segments
 from ipd_ray.data.transitions import Log
-from ipd_ray.distill.fit import Corpus, Material, imagined_advantage, imagined_outcome
+from ipd_ray.distill.fit import (
+    Corpus,
+    Material,
+    imagined_advantage,
+    imagined_outcome,
+    raw_outcome,
+    raw_return_to_go,
+)
 from ipd_ray.distill.windows import Batch, Prompts, Windows, flatten
-from ipd_ray.steps import _raw_outcome, raw_return_to_go
 
 LOG = counting_log([6, 4])  # steps 0-5 and 6-9, in windows of 4 at positions 0-5 and 9-12
 
@@ -336,15 +342,15 @@ def test_raw_return_to_go_by_hand():
     assert raw_return_to_go(LOG).tolist() == [15, 15, 14, 12, 9, 5, 30, 24, 17, 9]
 
 
-def raw_outcome(segments: Segments, lengths: list[int]) -> list[float]:
+def shown_outcome(segments: Segments, lengths: list[int]) -> list[float]:
     """The raw return-to-go that prompt=fixed shows for the kept steps of one segment."""
-    return _raw_outcome(LOG, segments, np.array(lengths))[0, : lengths[0]].tolist()
+    return raw_outcome(LOG, segments, np.array(lengths))[0, : lengths[0]].tolist()
 
 
 def test_the_raw_outcome_of_a_whole_plan_by_hand():
     # From step 2 the log brings 14, of which 2 + 3 on the next two steps; the plan brings 10 + 20 instead: 39, then 29.
     segments = segments_of([2], 2, LOG, reward=np.array([[10, 20]]), own_reward=np.array([[2, 3]]))
-    assert raw_outcome(segments, [2]) == [39.0, 29.0]
+    assert shown_outcome(segments, [2]) == [39.0, 29.0]
 
 
 def test_the_raw_outcome_of_a_plan_that_was_cut_by_hand():
@@ -352,7 +358,7 @@ def test_the_raw_outcome_of_a_plan_that_was_cut_by_hand():
     segments = segments_of(
         [2], 4, LOG, reward=np.array([[10, 20, 1000, 1000]]), own_reward=np.array([[2, 3, 4, 5]])
     )
-    assert raw_outcome(segments, [2]) == [39.0, 29.0]
+    assert shown_outcome(segments, [2]) == [39.0, 29.0]
 
 
 def test_the_raw_outcome_of_a_plan_that_ends_the_episode_by_hand():
@@ -360,4 +366,4 @@ def test_the_raw_outcome_of_a_plan_that_ends_the_episode_by_hand():
     segments = segments_of(
         [2], 2, LOG, reward=np.array([[10, 20]]), own_reward=np.array([[2, 3]]), terminal=np.array([[False, True]])
     )
-    assert raw_outcome(segments, [2]) == [30.0, 20.0]
+    assert shown_outcome(segments, [2]) == [30.0, 20.0]

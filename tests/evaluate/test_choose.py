@@ -13,6 +13,7 @@ from method_fixtures import Line, log_of
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Log
 from ipd_ray.evaluate.choose import behind_the_best, first_as_good, first_observations, imagined_returns
+from ipd_ray.world_model.uncertainty import Trust
 
 
 class Always:
@@ -44,10 +45,8 @@ def play(
     action: float, world: Line, log: Log, config: ChooseConfig = CLEAN, seed: int = 0, threshold: float = 1e9,
     policy: Always | None = None,
 ) -> Any:
-    return imagined_returns(
-        policy or Always(action), log, world, config, uncertainty="spread", threshold=threshold,  # type: ignore
-        range_margin=0.05, seed=seed, device="cpu",
-    )
+    trust = Trust("spread", threshold, 0.05)
+    return imagined_returns(policy or Always(action), log, world, config, trust, seed=seed, device="cpu")  # type: ignore
 
 
 def test_first_observations_are_those_of_the_episodes():

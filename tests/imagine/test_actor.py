@@ -14,12 +14,12 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace
 from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConfig, ValuesConfig
 from ipd_ray.evaluate.choose import imagined_returns
-from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, learn_actor, load_actor, with_students
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor, with_students
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
-from ipd_ray.steps import _Memoryless, best_reach
+from ipd_ray.steps import _Memoryless
 from ipd_ray.values.fit import frozen
 from ipd_ray.values.networks import ValueFunctions
-from ipd_ray.world_model.uncertainty import KINDS
+from ipd_ray.world_model.uncertainty import KINDS, Trust
 
 SMALL = ActorConfig(
     rounds=8,
@@ -51,8 +51,9 @@ def values_of(log: Any) -> ValueFunctions:
 
 
 def rollouts(world: Any, log: Any = LOG, config: ActorConfig = SMALL, **options: Any) -> Rollouts:
-    plain = {"uncertainty": "spread", "threshold": float("inf"), "range_margin": 0.05, "seed": 0, "device": "cpu"}
-    return Rollouts(log, options.pop("values", None) or values_of(log), world, config, **{**plain, **options})
+    trust = Trust("spread", options.pop("threshold", float("inf")), options.pop("range_margin", 0.05))
+    plain = {"seed": 0, "device": "cpu"}
+    return Rollouts(log, options.pop("values", None) or values_of(log), world, config, trust, **{**plain, **options})
 
 
 def last_round(actor: Actor) -> float:
@@ -196,7 +197,7 @@ def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
         update={"starts": 150, "length": 60, "rounds": 10, "discount": 0.97, "value_updates": 200}
     )
     threshold = float(np.quantile(learned.holdout_uncertainty[KINDS.index("spread")], 0.999))
-    known = {"uncertainty": "spread", "threshold": threshold, "range_margin": 0.05, "seed": 0, "device": "cpu"}
+    trust = Trust("spread", threshold, 0.05)
     learner = trainer(learned.world_model, learned.log, config, values=learned.values, threshold=threshold)
     for step in range(config.rounds):
         learner.update(step)
@@ -204,7 +205,8 @@ def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
     for name, acts in (("behaviour", learned.values), ("actor", learner.best)):
         player = _Memoryless(acts, learned.log, "cpu")
         judge = ChooseConfig(episodes=60)
-        returns[name] = imagined_returns(player, learned.log, learned.world_model, judge, **known)[0]
+        played = imagined_returns(player, learned.log, learned.world_model, judge, trust, seed=0, device="cpu")
+        returns[name] = played[0]
     gain = returns["actor"] - returns["behaviour"]
     assert gain.mean() > 2.0 * gain.std() / np.sqrt(len(gain))
 
