@@ -14,7 +14,8 @@ import yaml
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 from typer.testing import CliRunner, Result
 
-from ipd_ray.cli import _summary_table, app
+from ipd_ray.cli import app
+from ipd_ray.cli.run import _summary_table
 from ipd_ray.config import as_yaml, field_names, load
 from ipd_ray.data.minari_source import load as load_log
 
@@ -186,7 +187,7 @@ def test_prune_leaves_what_came_into_use_while_it_asked(tmp_path: Path, monkeypa
         (run / "links.json").write_text(json.dumps({"values": {"key": "a" * 64, "path": ""}}))
         (store / "values" / ("c" * 24)).mkdir()  # nobody was asked about it
 
-    monkeypatch.setattr("ipd_ray.cli._confirm", meanwhile)
+    monkeypatch.setattr("ipd_ray.cli.runs.confirm", meanwhile)
     said = call("store", "prune", "--runs-dir", str(tmp_path / "runs")).stdout
     assert said.endswith("freed 2 B; the other 2 are in use or gone by now\n")
     left = sorted(item["name"] for item in document("store", "ls", "--runs-dir", str(tmp_path / "runs")))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ipd_ray.cli import _log_table, _summary_table
+from ipd_ray.cli.data import _log_table
+from ipd_ray.cli.run import _summary_table
 from ipd_ray.data.describe import describe, plot
 from ipd_ray.steps import LogRef
 from ipd_ray.text import counted, readable, table

@@ -78,14 +78,14 @@ def test_what_git_ignores_stays_here_but_for_the_config_of_the_command(tmp_path:
 
 def test_parcel_holds_this_package_and_is_the_same_twice(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    touch(root, "my_env.py", "ipd_ray/cli.py")
+    touch(root, "my_env.py", "ipd_ray/api.py")
     for name in ("a.zip", "b.zip"):
         jobs.Parcel.of(root).write(tmp_path / name)
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = archive.namelist()
         assert len(set(names)) == len(names) and {"my_env.py", "ipd_ray/presets/demo.yaml"} <= set(names)
-        assert archive.read("ipd_ray/cli.py") == Path(jobs.ipd_ray.__file__).with_name("cli.py").read_bytes()
+        assert archive.read("ipd_ray/api.py") == Path(jobs.ipd_ray.__file__).with_name("api.py").read_bytes()
 
 
 def test_parcel_above_rays_limit_is_refused_with_what_is_big(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
