@@ -228,7 +228,7 @@ def _limit_remark(arena: Arena, config: RunConfig, transitions: Transitions) -> 
         ]
     if cut and limit > MUCH_LONGER * cut:
         return [
-            f"{_named(config)} cuts episodes after {limit:,} steps, the log's are cut after {cut:,}: the returns "
+            f"{_named(config)} cuts episodes after {limit:,} steps, the log's last {cut:,} at most: the returns "
             f"will not compare; evaluate.max_steps={cut} makes them."
         ]
     return []

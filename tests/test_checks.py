@@ -102,7 +102,7 @@ def test_the_log_s_own_environment_is_looked_at_like_another():
         (None, False, [], "shows no limit of time: evaluated episodes are cut after 30 steps, as the log's are"),
         (10**6, False, [], "shows no limit of time: evaluated episodes are cut after 30 steps, as the log's are"),
         (None, True, [], "are cut after 1,000 steps, the log's longest ended itself after 30"),
-        (200, False, [], "cuts episodes after 200 steps, the log's are cut after 30: the returns will not compare"),
+        (200, False, [], "cuts episodes after 200 steps, the log's last 30 at most: the returns will not compare"),
         (200, True, [], None),
         (31, False, [], None),
         (200, False, ["evaluate.max_steps=200"], None),

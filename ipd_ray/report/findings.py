@@ -52,7 +52,7 @@ def _scores(view: View) -> list[Finding]:
                 True,
                 "returns",
                 f"The policy's returns do not compare with those of its data: evaluated episodes last {length:,.0f} "
-                f"steps, the log's are cut after {limit:,.0f}: set evaluate.max_steps={limit:.0f}.",
+                f"steps, the log's {limit:,.0f} at most: set evaluate.max_steps={limit:.0f}.",
             )
         )
     elif base is not None and mean <= base:

@@ -308,7 +308,7 @@ def test_returns_of_longer_episodes_are_not_compared_with_the_data_s(tmp_path, l
     summary["data"]["time_limit"] = 10
     (run / "summary.json").write_text(json.dumps({**summary, "policy": {**scores(2.0), "length_mean": length}}))
     first = " ".join(f.text for f in findings(open_views([run])[0]) if f.warning)
-    assert ("last 12 steps, the log's are cut after 10: set evaluate.max_steps=10" in first) == said
+    assert ("last 12 steps, the log's 10 at most: set evaluate.max_steps=10" in first) == said
     assert ("no better than the mean of its data" in first) != said
 
 
