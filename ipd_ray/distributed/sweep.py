@@ -15,6 +15,8 @@ import logging
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from collections import deque
@@ -96,8 +98,11 @@ def sweep(
     common = _runtime(common, folder)
     base = build(common)
     store = api.store_of(base, Folder.of(folder.folder))
-    for config in check_points(question, common):
+    points = check_points(question, common)
+    for config in points:
         check_config(config)
+    for name in {config.evaluate.environment for config in points} - {None}:
+        _check_registered(str(name))
     with api.holding(Folder.of(folder.folder)):
         _check_folder(folder)
         transitions = load(dataset, cache=(store / "data").path)
@@ -141,6 +146,18 @@ def _runtime(common: Mapping[str, Any], folder: Sweep) -> dict[str, Any]:
     if common.get("runtime.address") or common.get("runtime.workers", 1) != 1:
         more["runtime.engine"] = "ray"
     return {**common, **more}
+
+
+def _check_registered(environment: str) -> None:
+    """Raise UserError for an id that this script or notebook has registered: trials look it up in their own process."""
+    if ":" in environment:
+        return
+    command = [sys.executable, "-c", "import gymnasium, sys; gymnasium.spec(sys.argv[1])", environment]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        raise UserError(
+            f"evaluate.environment={environment} is registered in this script or notebook, which trials have no part "
+            f"in: set evaluate.environment=package:{environment}, where importing the package registers it."
+        )
 
 
 def _check_folder(folder: Sweep) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium
 import pytest
 from small_runs import LOG, SETTINGS, write_log
 
@@ -163,6 +164,18 @@ def test_a_measure_that_the_sweep_changes_is_refused_before_any_work(tmp_path: P
     with pytest.raises(UserError, match=r"data\.discount=\[0\.9, 0\.99\] changes what fitted_q measures"):
         swept(Question(space={"data.discount": (0.9, 0.99)}, objective="fitted_q"), tmp_path / "sweep")
     assert not (tmp_path / "sweep" / "sweep.json").exists()
+
+
+def test_an_environment_that_this_process_alone_knows_is_refused_before_any_work(tmp_path: Path):
+    gymnasium.register("IpdTestMine-v0", entry_point="gymnasium.envs.classic_control.pendulum:PendulumEnv")
+    try:
+        with pytest.raises(UserError, match=r"IpdTestMine-v0 is registered in this script.*=package:IpdTestMine-v0"):
+            swept(
+                Question(space={"distill.eta": (0.0,)}), tmp_path / "sweep", evaluate__environment="IpdTestMine-v0"
+            )
+    finally:
+        del gymnasium.registry["IpdTestMine-v0"]
+    assert not (tmp_path / "sweep").exists()
 
 
 @pytest.mark.parametrize(("asked", "said"), [
