@@ -217,7 +217,7 @@ def _bounds_remark(arena: Arena, config: RunConfig) -> list[str]:
 
 
 def _limit_remark(arena: Arena, config: RunConfig, transitions: Transitions) -> list[str]:
-    limit, cut, longest = arena.own_limit, transitions.time_limit, int(transitions.episode_length.max())
+    limit, cut, longest = arena.own_limit, transitions.longest_cut, int(transitions.episode_length.max())
     if config.evaluate.max_steps:
         return []
     if limit is None:
@@ -227,9 +227,10 @@ def _limit_remark(arena: Arena, config: RunConfig, transitions: Transitions) -> 
             f"steps, {why}; evaluate.max_steps sets another limit."
         ]
     if cut and limit > MUCH_LONGER * cut:
+        remedy = f"; evaluate.max_steps={cut} makes them" if transitions.time_limit else ""
         return [
             f"{_named(config)} cuts episodes after {limit:,} steps, the log's last {cut:,} at most: the returns "
-            f"will not compare; evaluate.max_steps={cut} makes them."
+            f"will not compare{remedy}."
         ]
     return []
 

@@ -69,7 +69,7 @@ class Sizes:
     def of(cls, t: Transitions, holdout_fraction: float) -> Sizes:
         held = min(20_000, int(len(t) * holdout_fraction))
         return cls(
-            len(t), t.observation_dim, t.spec.action_dim, t.episode_length, t.time_limit, bool(t.terminal.any()), held
+            len(t), t.observation_dim, t.spec.action_dim, t.episode_length, t.longest_cut, bool(t.terminal.any()), held
         )
 
     @property

@@ -513,6 +513,7 @@ def summarise(context: Context) -> dict[str, Any]:
             "normalised": t.spec.normalise(float(returns.mean())),
             "episodes": t.episodes,
             "steps": len(t),
+            "longest_cut": t.longest_cut,
             "time_limit": t.time_limit,
         },
         "seconds": {name: artifact.seconds for name, artifact in found.items()},

@@ -114,6 +114,12 @@ def test_other_limits_of_time_than_the_log_s(limit: int | None, terminated: bool
     assert said in found if said else "cut" not in found
 
 
+def test_where_cuts_are_no_limit_of_time_none_is_recommended():
+    t = own(transitions(list(range(11, 31)), terminated=False), max_episode_steps=200)
+    found = " ".join(remarks(load("demo"), t))
+    assert "cuts episodes after 200 steps, the log's last 30 at most: the returns will not compare." in found
+
+
 def test_full_sizes_on_a_cpu_are_remarked_on():
     t = transitions([20, 30])
     assert "--preset gym-small" in " ".join(remarks(RunConfig.model_validate({"runtime": {"device": "cpu"}}), t))

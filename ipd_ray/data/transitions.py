@@ -27,6 +27,10 @@ ACTION_LIMIT = 1.0 - 1e-6
 """Dataset actions are clipped to +- this, so that no log-probability is infinite."""
 
 
+_ABOUT, _MANY = 0.99, 0.1
+"""An episode is about as long as the longest from this share of its steps on, and many are where a tenth is."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What a log says of the environment: enough to act in it, with nothing else at hand."""
@@ -155,15 +159,27 @@ class Transitions:
         return np.array([seen.setdefault(hashlib.sha256(part).digest(), i) for i, part in enumerate(parts)])
 
     @cached_property
-    def time_limit(self) -> int | None:
-        """Steps after which episodes are cut, as far as the log shows: the longest one's, unless it ended itself."""
+    def longest_cut(self) -> int | None:
+        """Steps of the longest episode, where it was cut; None where it ended itself."""
         longest = self.episode_length == self.episode_length.max()
-        cut = ~self.terminal[self.episode_start[1:] - 1]
-        return int(self.episode_length.max()) if (longest & cut).any() else None
+        return int(self.episode_length.max()) if (longest & self._cut).any() else None
+
+    @property
+    def time_limit(self) -> int | None:
+        """Steps after which episodes are cut, as far as the log shows: the longest one's, where of those that were cut
+        a tenth are about as long. Others are cut for a reason of their own, such as a goal that is reached."""
+        longest = self.longest_cut
+        if longest is None or (self.episode_length[self._cut] >= _ABOUT * longest).mean() < _MANY:
+            return None
+        return longest
+
+    @cached_property
+    def _cut(self) -> Bools:
+        return ~self.terminal[self.episode_start[1:] - 1]
 
     def within_limit(self, steps: int) -> int:
-        """Return `steps`, or the time limit where that is less."""
-        return steps if self.time_limit is None else min(steps, self.time_limit)
+        """Return `steps`, or those of the longest episode where it was cut after fewer."""
+        return steps if self.longest_cut is None else min(steps, self.longest_cut)
 
     @cached_property
     def episode(self) -> Ints:

@@ -154,7 +154,7 @@ def arena_of(transitions: Transitions, config: EvaluateConfig) -> Arena:
             "(package.module:function, where it was wrapped)"
         )
     longest = int(transitions.episode_length.max())
-    fallback = transitions.time_limit or max(1000, _UNENDING * longest)
+    fallback = transitions.longest_cut or max(1000, _UNENDING * longest)
     settled = {"environment": function, "max_steps": config.max_steps or own_limit or min(fallback, STEP_LIMIT)}
     return Arena(replace(log, env_spec=env_spec), config.model_copy(update=settled), actions, own_limit)
 

@@ -45,14 +45,15 @@ def _scores(view: View) -> list[Finding]:
     mean, std, episodes = number(policy, "return_mean"), number(policy, "return_std"), number(policy, "episodes")
     if mean is None:
         return [Finding(False, "returns", "The policy has no score: everything below is offline evidence only.")]
-    base, length, limit = number(data, "return_mean"), number(policy, "length_mean"), number(data, "time_limit")
-    if length is not None and limit is not None and length > MUCH_LONGER * limit:
+    base, length, longest = number(data, "return_mean"), number(policy, "length_mean"), number(data, "longest_cut")
+    if length is not None and longest is not None and length > MUCH_LONGER * longest:
+        remedy = f": set evaluate.max_steps={longest:.0f}" if number(data, "time_limit") else ""
         out.append(
             Finding(
                 True,
                 "returns",
                 f"The policy's returns do not compare with those of its data: evaluated episodes last {length:,.0f} "
-                f"steps, the log's {limit:,.0f} at most: set evaluate.max_steps={limit:.0f}.",
+                f"steps, the log's {longest:,.0f} at most{remedy}.",
             )
         )
     elif base is not None and mean <= base:

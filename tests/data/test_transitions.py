@@ -187,6 +187,8 @@ def test_a_limit_of_time_is_what_cuts_the_longest_episodes():
     assert all(log((first, True), (9, False)).transitions.time_limit == 9 for first in (5, 9))
     assert log((5, False), (9, True)).transitions.time_limit is None
     assert log((5, True), (9, False)).transitions.within_limit(20) == 9
+    goals = log(*((n, False) for n in range(1, 21))).transitions  # cut at goals, one in twenty as late as the last
+    assert (goals.time_limit, goals.longest_cut, goals.within_limit(30)) == (None, 20, 20)
     assert log((9, True)).transitions.within_limit(20) == 20
 
 

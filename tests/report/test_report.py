@@ -305,7 +305,7 @@ def test_a_policy_below_its_data_or_its_ablation_is_read_first(tmp_path):
 def test_returns_of_longer_episodes_are_not_compared_with_the_data_s(tmp_path, length, said):
     run = write_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
-    summary["data"]["time_limit"] = 10
+    summary["data"].update(longest_cut=10, time_limit=10)
     (run / "summary.json").write_text(json.dumps({**summary, "policy": {**scores(2.0), "length_mean": length}}))
     first = " ".join(f.text for f in findings(open_views([run])[0]) if f.warning)
     assert ("last 12 steps, the log's 10 at most: set evaluate.max_steps=10" in first) == said
