@@ -124,7 +124,7 @@ def score_rung(tier_name: str, dataset: str, method: str, seed: int, args: Any) 
     """Run one rung, or go on with it."""
     tier, rung = TIERS[tier_name], method.split("+")[0]
     runtime = {"runtime.train_threads": args.threads, "runtime.actors": args.actors}
-    values = {**tier.overrides, **CHANGES[rung], **runtime, "seed": seed}
+    values = {"ablations": [], **tier.overrides, **CHANGES[rung], **runtime, "seed": seed}  # rungs are their own
     overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
     config = configs.load(args.preset or tier.preset(dataset), None, [*overrides, *args.vary])
     place = args.runs / tier_name
