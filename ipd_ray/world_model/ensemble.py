@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from ipd_ray.config import WorldModelConfig
 from ipd_ray.errors import UserError
 from ipd_ray.layers import EnsembleMLP
-from ipd_ray.world_model.termination import TerminationRule
+from ipd_ray.world_model.termination import UNBOUNDED, TerminationRule
+
+_RARE = 0.01
+"""Share of endings within the bounds, up to which bounds alone decide."""
 
 
 class Ensemble(nn.Module):
@@ -17,9 +20,13 @@ class Ensemble(nn.Module):
 
     Log-variances are softly bounded by two learned vectors a member (Chua et al. 2018, arXiv:1805.12114). Termination
     looks at s', not at a: an environment ends an episode for where it has got to, and that boundary is the simpler
-    function.
+    function. Beside its network stand bounds of single observations, see `ending_bounds`.
     """
 
+    ends_below: Tensor
+    ends_above: Tensor
+    ends_within: Tensor
+    """Share of endings that no bound explains."""
     observation_mean: Tensor
     observation_std: Tensor
     target_mean: Tensor
@@ -42,6 +49,9 @@ class Ensemble(nn.Module):
         self.min_log_variance = nn.Parameter(torch.full((members, 1, targets), -10.0))
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
+        self.register_buffer("ends_below", torch.full((observation_dim,), -UNBOUNDED))
+        self.register_buffer("ends_above", torch.full((observation_dim,), UNBOUNDED))
+        self.register_buffer("ends_within", torch.ones(()))
         self.register_buffer("target_mean", torch.zeros(targets))
         self.register_buffer("target_std", torch.ones(targets))
 
@@ -81,6 +91,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.ensemble = ensemble
         self._rule = rule
+        self._bounds_decide = bool(ensemble.ends_within <= _RARE)
         varies = ensemble.target_std > 0
         self._all_vary = bool(varies.all())
         self.register_buffer("_varying", torch.nonzero(varies)[:, 0], persistent=False)
@@ -116,7 +127,11 @@ class WorldModel(nn.Module):
         return together, reward.mean(0), self.ended(observation_BO, together), (mean, log_variance)
 
     def ended(self, observation_BO: Tensor, following_BO: Tensor) -> Tensor:
-        """Probability (B,) that the step to `following` ended the episode; 0 or 1 by a known rule."""
+        """Probability (B,) that the step to `following` ended the episode; 0 or 1 by a known rule.
+
+        1 beyond a learned bound. Within, the network's; where bounds explain the endings it is 0, and of the network
+        only the gradient is left, which leads away from the edge.
+        """
         if self._rule is not None:
             ended = self._rule(following_BO)
             if ended.shape != following_BO.shape[:1]:
@@ -126,7 +141,11 @@ class WorldModel(nn.Module):
                 )
             return ended.to(observation_BO.dtype)
         e = self.ensemble
-        return torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
+        probability = torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
+        beyond = ((following_BO < e.ends_below) | (following_BO > e.ends_above)).any(-1).to(probability.dtype)
+        if self._bounds_decide:
+            return beyond + (probability - probability.detach())
+        return torch.maximum(beyond, probability)
 
     def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
         return torch.cat([self.ensemble.normalise(observation), action], -1)

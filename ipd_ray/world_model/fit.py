@@ -19,10 +19,10 @@ from ipd_ray.data.transitions import Log, rank_correlation, spread
 from ipd_ray.layers import block_generator, matrix_products
 from ipd_ray.training import exhaust, train
 from ipd_ray.world_model.ensemble import Ensemble, WorldModel
-from ipd_ray.world_model.termination import resolve
+from ipd_ray.world_model.termination import UNBOUNDED, ending_bounds, resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
-VERSION = 5
+VERSION = 6
 _BLOCK = 250
 _STREAM = 22
 _HOLDOUT_ROWS = 20_000
@@ -70,6 +70,11 @@ class WorldModelTrainer:
         self._termination_index = torch.zeros(2 * self._half, dtype=torch.int64, device=device)
         if self._learn_termination:
             self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
+            following, ends = t.next_observation[log.train_steps], t.terminal[log.train_steps]
+            low, high, within = ending_bounds(following[~ends], following[ends])
+            self.model.ends_below.copy_(torch.from_numpy(low))
+            self.model.ends_above.copy_(torch.from_numpy(high))
+            self.model.ends_within.fill_(within)
         decayed = [*self.model.net.parameters(), *self.model.termination_net.parameters()]
         self._optimizer = torch.optim.AdamW(
             [
@@ -295,10 +300,21 @@ def diagnose(model: WorldModel, log: Log, u: NDArray[np.float32], device: str) -
             "false_alarms": int((~truth & alarm).sum()),
             "steps": len(truth),
         },
+        "ends": _bounds(ensemble),
         "sample": {
             "uncertainty": u[0][sample].astype(float).tolist(),
             "error": np.sqrt(per_step[sample]).astype(float).tolist(),
         },
+    }
+
+
+def _bounds(ensemble: Ensemble) -> dict[str, Any]:
+    """The bounds beyond which episodes end, {observation: value}, and the share of endings that lie within."""
+    below, above = ensemble.ends_below.tolist(), ensemble.ends_above.tolist()
+    return {
+        "below": {str(i): x for i, x in enumerate(below) if x > -UNBOUNDED},
+        "above": {str(i): x for i, x in enumerate(above) if x < UNBOUNDED},
+        "within": float(ensemble.ends_within),
     }
 
 

@@ -1,4 +1,5 @@
-"""When an imagined episode ends: a learned head serves every task, a known rule is better where there is one."""
+"""When an imagined episode ends: bounds and a network, learned, serve every task; a known rule is better where there is
+one. Shapes: B rows, N steps that went on, K that ended, O observation."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ipd_ray.data.transitions import Floats
 from ipd_ray.errors import UserError, near_name
 
 TerminationRule = Callable[[Tensor], Tensor]
@@ -30,6 +33,33 @@ def walker2d(observation_BO: Tensor) -> Tensor:
     """Gymnasium's Walker2d: height in (0.8, 2), |angle| under 1."""
     height, angle = observation_BO[:, 0], observation_BO[:, 1]
     return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+
+
+UNBOUNDED = float(np.finfo(np.float32).max)
+"""Stands for no bound."""
+FEW = 5
+"""Ended steps that must lie beyond a bound: fewer may be there by accident."""
+
+
+def ending_bounds(went_on_NO: Floats, ended_KO: Floats) -> tuple[Floats, Floats, float]:
+    """Bounds (O,) of single observations, low and high, beyond which every logged episode ended and some did, and the
+    share of endings that lie within all of them.
+
+    Many environments end an episode where an angle, a height or a position leaves its interval. A network draws such an
+    edge only roughly, and what is planned inside the model walks along it (docs/notes.md). Halfway between the last
+    step that went on and the first that ended; UNBOUNDED where there is no bound. Next observations, raw.
+    """
+
+    def above(went_on: Floats, ended: Floats) -> Floats:
+        most, beyond = went_on.max(0), ended > went_on.max(0)
+        first = np.where(beyond, ended, np.inf).min(0)
+        halfway = most + 0.5 * (first - most)
+        bound = np.where(halfway < first, halfway, most)  # the two may be neighbours in float32
+        return np.where(beyond.sum(0) >= FEW, bound, UNBOUNDED).astype(np.float32)
+
+    high, low = above(went_on_NO, ended_KO), -above(-went_on_NO, -ended_KO)
+    within = ((ended_KO <= high) & (ended_KO >= low)).all(1)
+    return low, high, float(within.mean())
 
 
 RULES: dict[str, TerminationRule] = {"never": never, "hopper": hopper, "walker2d": walker2d}
