@@ -137,7 +137,8 @@ class WorldModelConfig(Section):
     precision: Precision = "float32"
     """Of the hidden layers' matrix products while they learn."""
     termination: str = "learned"
-    """`learned`: by a network of its own, of (s, s'); `never`; `hopper` or `walker2d`: the environment's known rule; or
+    """`learned`: by bounds of single observations beyond which every logged episode ended and, for what they do not
+    explain, by a network of its own, of (s, s'); `never`; `hopper` or `walker2d`: the environment's known rule; or
     `package.module:function`, taking next observations (B, O) to a boolean (B,), known by its name alone: give a
     function that has changed another one, or what was learned with it is reused."""
 

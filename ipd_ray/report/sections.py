@@ -292,6 +292,16 @@ def _world_model_section(view: View) -> str:
         )
     else:
         said = "No held-out episode terminates: nothing to say of termination."
+    ends = d.get("ends") or {}
+    edges = [
+        f"observation {i} {side} {readable(bound)}" for side in ("below", "above")
+        for i, bound in (ends.get(side) or {}).items()
+    ]  # fmt: skip
+    if edges:
+        said += (
+            f" Every logged episode ended, and an imagined one does, with {' or '.join(edges)}: that explains "
+            f"{percent(1.0 - ends['within'])} of all ends; the rest is a network's."
+        )
     floor = number(d, "share_at_variance_floor")
     if floor is not None:
         said += f" {percent(floor)} of predicted variances lie at their floor."

@@ -283,6 +283,14 @@ def test_what_an_actor_came_to_is_said(tmp_path, monkeypatch, diagnostics, warni
     assert [f.warning for f in found if said in f.text] == [warning]
 
 
+def test_the_bounds_at_which_episodes_end_are_on_the_page(tmp_path):
+    ends = {"below": {"0": 0.7, "1": -0.2}, "above": {"1": 0.2}, "within": 0.25}
+    run = write_run(tmp_path / "run", changes={"world_model": {"ends": ends}})
+    said = build_report([run], tmp_path / "page.html").read_text().partition("Every logged episode ended")[2]
+    for part in ("observation 0 below", "or observation 1 below", "or observation 1 above", "explains 75 % of all ends"):
+        assert part in said[:250]
+
+
 @pytest.mark.parametrize(("halted", "warned"), [((0.9, 0.4), False), ((0.9, 0.6), True)])
 def test_a_choice_between_policies_that_are_all_halted_is_said_to_be_blind(tmp_path, monkeypatch, halted, warned):
     rows = [{"variant": "ipd", "step": 10 * i, "return_mean": 1.0, "halted": h} for i, h in enumerate(halted)]

@@ -22,7 +22,7 @@ from ipd_ray.errors import UserError
 from ipd_ray.training import set_threads
 from ipd_ray.world_model.ensemble import WorldModel
 from ipd_ray.world_model.fit import WorldModelTrainer, fit_world_model, load_world_model
-from ipd_ray.world_model.termination import RULES, resolve
+from ipd_ray.world_model.termination import RULES, UNBOUNDED, ending_bounds, resolve
 from ipd_ray.world_model.uncertainty import KINDS, ensemble_uncertainty
 
 NOISE = 0.02
@@ -239,6 +239,57 @@ def test_members_see_different_steps():
     assert not torch.equal(index[0], index[1])
     # A bootstrap of N rows holds about 1 - 1/e of them.
     assert len(index[0].unique()) / index.shape[1] == pytest.approx(0.632, abs=0.03)
+
+
+def test_the_edge_beyond_which_episodes_end_is_found():
+    log, model, shown, _ = learned()
+    found = shown["ends"]
+    assert (found["below"]["0"], found["above"]["0"]) == pytest.approx((-LIMIT, LIMIT), abs=0.02)
+    assert not {"1"} & {*found["below"], *found["above"]} and found["within"] == 0.0
+    t, held = log.transitions, log.holdout_steps
+    s, following = (torch.from_numpy(x[held]) for x in (t.observation, t.next_observation))
+    assert (model.ended(s, following).numpy() == t.terminal[held]).mean() > 0.995
+
+
+def test_where_bounds_decide_the_way_back_from_the_edge_is_the_network_s():
+    _, model, _, _ = learned()
+    following = torch.tensor([[0.9, 0.3], [-0.9, -0.3], [1.1, 0.3]], requires_grad=True)
+    ended = model.ended(following.detach() * 0.9, following)
+    assert ended.tolist() == [0.0, 0.0, 1.0]
+    (slope,) = torch.autograd.grad(ended.sum(), following)
+    assert slope[0, 0] > 0.0 > slope[1, 0]
+
+
+def test_ending_bounds_by_hand():
+    # x ends above 1, six times: halfway between 1 and 1.2. y is beyond what went on four times, which is too few.
+    went_on = np.array([[0.0, 0.0], [1.0, 1.0], [-3.0, -1.0]], np.float32)
+    ended = np.array([[1.2, 2.0], [1.5, 2.0], [2.0, 2.0], [2.0, 2.0], [1.3, 0.5], [1.4, 0.0]], np.float32)
+    low, high, within = ending_bounds(went_on, ended)
+    assert low.tolist() == [-UNBOUNDED, -UNBOUNDED] and within == 0.0
+    assert high.tolist() == [pytest.approx(1.1), UNBOUNDED]
+    # Turned around, with an end in the midst of what went on: one of seven is explained by no bound.
+    low, high, within = ending_bounds(-went_on, np.concatenate([-ended, [[0.0, 0.0]]]).astype(np.float32))
+    assert low.tolist() == [pytest.approx(-1.1), -UNBOUNDED] and high.tolist() == [UNBOUNDED, UNBOUNDED]
+    assert within == pytest.approx(1 / 7)
+
+
+def test_a_bound_lies_between_neighbours_of_float32():
+    last = np.float32(0.2)
+    first = np.nextafter(last, np.float32(1.0))
+    _, high, _ = ending_bounds(np.array([[last]]), np.full((5, 1), first))
+    assert last <= high[0] < first
+
+
+def test_ends_that_no_bound_explains_are_left_to_the_network(tmp_path: Path):
+    # Beyond |x| > LIMIT as before, and in a strip inside: a goal that ends the episode.
+    log = drifting_point()
+    t = log.transitions
+    inside = np.abs(t.next_observation[:, 0] - 0.5) < 0.1
+    model, shown, _ = fit(replace(log, transitions=replace(t, terminal=t.terminal | inside)), tmp_path)
+    assert 0.0 < shown["ends"]["within"] < 1.0 and shown["ends"]["above"]["0"] == pytest.approx(LIMIT, abs=0.02)
+    s = torch.tensor([[0.45, 0.1], [-0.5, 0.0], [0.95, 0.3]])
+    ended = model.ended(s, s + torch.tensor([[0.05, 0.0], [0.02, 0.0], [0.1, 0.0]]))
+    assert ended[0] > 0.5 > ended[1] and ended[2] == 1.0
 
 
 def test_termination_rules_by_hand():
