@@ -141,8 +141,10 @@ class WorldModel(nn.Module):
                 )
             return ended.to(observation_BO.dtype)
         e = self.ensemble
+        beyond = ((following_BO < e.ends_below) | (following_BO > e.ends_above)).any(-1).to(observation_BO.dtype)
+        if self._bounds_decide and not torch.is_grad_enabled():
+            return beyond
         probability = torch.sigmoid(e.termination_logit(e.normalise(observation_BO), e.normalise(following_BO)))
-        beyond = ((following_BO < e.ends_below) | (following_BO > e.ends_above)).any(-1).to(probability.dtype)
         if self._bounds_decide:
             return beyond + (probability - probability.detach())
         return torch.maximum(beyond, probability)

@@ -70,8 +70,8 @@ class WorldModelTrainer:
         self._termination_index = torch.zeros(2 * self._half, dtype=torch.int64, device=device)
         if self._learn_termination:
             self._pairs, self._ended, self._prior = _termination_rows(log, mean, std, device)
-            following, ends = t.next_observation[log.train_steps], t.terminal[log.train_steps]
-            low, high, within = ending_bounds(following[~ends], following[ends])
+            steps, ends = log.train_steps, t.terminal[log.train_steps]
+            low, high, within = ending_bounds(t.next_observation[steps[~ends]], t.next_observation[steps[ends]])
             self.model.ends_below.copy_(torch.from_numpy(low))
             self.model.ends_above.copy_(torch.from_numpy(high))
             self.model.ends_within.fill_(within)

@@ -37,7 +37,7 @@ def walker2d(observation_BO: Tensor) -> Tensor:
 
 UNBOUNDED = float(np.finfo(np.float32).max)
 """Stands for no bound."""
-FEW = 5
+_FEW = 5
 """Ended steps that must lie beyond a bound: fewer may be there by accident."""
 
 
@@ -47,17 +47,21 @@ def ending_bounds(went_on_NO: Floats, ended_KO: Floats) -> tuple[Floats, Floats,
 
     Many environments end an episode where an angle, a height or a position leaves its interval. A network draws such an
     edge only roughly, and what is planned inside the model walks along it (docs/notes.md). Halfway between the last
-    step that went on and the first that ended; UNBOUNDED where there is no bound. Next observations, raw.
+    step that went on and the first that ended; UNBOUNDED where there is no bound, as where no step went on. Next
+    observations, raw.
     """
 
-    def above(went_on: Floats, ended: Floats) -> Floats:
-        most, beyond = went_on.max(0), ended > went_on.max(0)
+    def above(most: Floats, ended: Floats) -> Floats:
+        beyond = ended > most
         first = np.where(beyond, ended, np.inf).min(0)
         halfway = most + 0.5 * (first - most)
         bound = np.where(halfway < first, halfway, most)  # the two may be neighbours in float32
-        return np.where(beyond.sum(0) >= FEW, bound, UNBOUNDED).astype(np.float32)
+        return np.where(beyond.sum(0) >= _FEW, bound, UNBOUNDED).astype(np.float32)
 
-    high, low = above(went_on_NO, ended_KO), -above(-went_on_NO, -ended_KO)
+    if not len(went_on_NO):
+        none = np.full(went_on_NO.shape[1], UNBOUNDED, np.float32)
+        return -none, none, 1.0
+    high, low = above(went_on_NO.max(0), ended_KO), -above(-went_on_NO.min(0), -ended_KO)
     within = ((ended_KO <= high) & (ended_KO >= low)).all(1)
     return low, high, float(within.mean())
 

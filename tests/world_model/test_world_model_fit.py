@@ -273,6 +273,14 @@ def test_ending_bounds_by_hand():
     assert within == pytest.approx(1 / 7)
 
 
+def test_where_every_step_ends_there_is_no_bound(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    episodes: list[Episode] = [([*rng.normal(size=(2, 2))], [rng.uniform(-1, 1, 1)], [0.0], True) for _ in range(60)]
+    model, shown, _ = fit(log_of(episodes, holdout=range(0, 60, 4)), tmp_path, max_updates=20, eval_every=10)
+    assert shown["ends"] == {"below": {}, "above": {}, "within": 1.0}
+    assert 0.0 < float(model.ended(torch.zeros(1, 2), torch.zeros(1, 2))) < 1.0
+
+
 def test_a_bound_lies_between_neighbours_of_float32():
     last = np.float32(0.2)
     first = np.nextafter(last, np.float32(1.0))
