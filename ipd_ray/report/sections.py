@@ -300,7 +300,7 @@ def _world_model_section(view: View) -> str:
     if edges:
         said += (
             f" Every logged episode ended, and an imagined one does, with {' or '.join(edges)}: that explains "
-            f"{percent(1.0 - ends['within'])} of all ends; the rest is a network's."
+            f"{percent(1.0 - ends['within'])} of all ends."
         )
     floor = number(d, "share_at_variance_floor")
     if floor is not None:
