@@ -167,7 +167,7 @@ def remarks(config: RunConfig, transitions: Transitions, until: str = "evaluate"
     """What is allowed but hardly meant in a run up to step `until`."""
     out = []
     longest = int(transitions.episode_length.max())
-    if longest > config.policy.max_timestep:
+    if config.policy.timesteps == "episode" and longest > config.policy.max_timestep:
         out.append(
             f"policy.max_timestep={config.policy.max_timestep}, but episodes last up to {longest} steps: later steps "
             "share one embedding; raise it to tell them apart."

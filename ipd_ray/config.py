@@ -312,9 +312,12 @@ class PolicyConfig(Section):
     """Model width; must be a multiple of heads."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Dropout in training, of the sum into each block."""
+    timesteps: Literal["window", "episode"] = "window"
+    """From where a step's learned embedding counts. window: from the start of the K steps; episode (the paper's): from
+    the start of the episode, of which late steps are learned from the few episodes that reach them."""
     max_timestep: PositiveInt = 1000
-    """Learned timestep embeddings at most; later steps share the last one, as do those that hardly an episode of the
-    log reaches."""
+    """Embeddings at most where timesteps=episode; later steps share the last one, as do those that hardly an episode of
+    the log reaches."""
 
     @model_validator(mode="after")
     def _check(self) -> PolicyConfig:
@@ -322,12 +325,17 @@ class PolicyConfig(Section):
             raise ValueError(
                 f"policy.width={self.width} must be a multiple of policy.heads={self.heads}: change one of them."
             )
-        if self.context > self.max_timestep:
+        if self.timesteps == "episode" and self.context > self.max_timestep:
             raise ValueError(
                 f"policy.context={self.context} must be at most policy.max_timestep={self.max_timestep}: lower "
                 "policy.context or raise policy.max_timestep."
             )
         return self
+
+    @property
+    def told_apart(self) -> int:
+        """Timesteps with an embedding of their own."""
+        return self.context if self.timesteps == "window" else self.max_timestep
 
 
 class DistillConfig(Section):

@@ -267,7 +267,7 @@ class _Weights:
             q=_mlp(o + a, 1, v.width, v.layers), v=_mlp(o, 1, v.width, v.layers),
             behaviour=_mlp(o, a, v.width, v.layers), returns=_mlp(o, 2, v.width, v.layers),
             model=_mlp(o + a, 2 * (o + 1), m.width, m.layers), termination=_mlp(2 * o, 1, 128, 2) if learned else 0,
-            policy=12 * p.width**2 * p.layers + p.width * (o + 2 * a + 1 + p.max_timestep),
+            policy=12 * p.width**2 * p.layers + p.width * (o + 2 * a + 1 + p.told_apart),
         )
 
     @property
@@ -445,7 +445,7 @@ def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
     if config.distill.imagined_ratio > 0:
         plans = _starts(config, sizes) * (sizes.within(config.imagine.length) + config.policy.context - 1)
     log = sizes.steps + len(sizes.lengths) * (config.policy.context - 1)
-    return 4.0 * (log + plans) * (sizes.observation + sizes.action + 3)
+    return 4.0 * ((log + plans) * (sizes.observation + sizes.action + 3) + plans * sizes.action)
 
 
 def _driver_bytes(sizes: Sizes) -> float:

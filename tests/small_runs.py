@@ -19,7 +19,7 @@ SETTINGS = [
     "select.starts=24", "select.episode_cap=0.5", "planner.candidates=8", "planner.horizon=2",
     "imagine.length=4", "imagine.shard_size=8",
     "accept.threshold=1000.0", "accept.range_margin=2.0", "accept.min_length=1", "accept.margin=0.0",
-    "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.context=4", "policy.max_timestep=200",
+    "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.context=4",
     "distill.updates=40", "distill.batch_size=16", "distill.warmup=5", "distill.eta=0.5",
     "choose.episodes=4", "choose.length=20",
     "evaluate.episodes=2", "evaluate.max_steps=30", "runtime.train_threads=1",

@@ -205,7 +205,7 @@ def test_report_of_one_run_and_of_several(tmp_path: Path) -> None:
     ("space: {distill.eta: [0.0]}", ("distill.eta=0.5",), "distill.eta is swept"),
     ("space: {distill.eta: [0.0]}", ("planer.horizon=3",), "Did you mean 'planner.horizon'"),
     ("space: {distill.eta: [-1.0]}", (), "distill.eta=-1.0 is not valid"),
-    ("space: {policy.context: [3000]}", (), "policy.context=3000 must be at most policy.max_timestep=1000"),
+    ("space: {policy.width: [30]}", (), "policy.width=30 must be a multiple of policy.heads=4"),
     ("space: {distill.eta: [0.0]}\nobjective: imagined", ("choose.episodes=0",), "set choose.episodes above 0"),
     ("space: {distill.updates: [10]}\nscheduler: asha", (), "take distill.updates out of space"),
     ("space: {distill.eta: [0.0]}\nscheduler: asha", ("distill.snapshots=1",), "set distill.snapshots to 4"),

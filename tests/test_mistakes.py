@@ -88,7 +88,10 @@ def refused(*words: str) -> str:
         (["--preset", "gym-smal"], ["gym-small"]),
         (["--config", "mine.yaml"], ["mine.yaml", "ipd-ray config"]),
         (["accept.min_length=99"], ["accept.min_length=99", "imagine.length=10"]),
-        (["policy.context=30", "policy.max_timestep=20"], ["policy.context=30", "policy.max_timestep=20"]),
+        (
+            ["policy.timesteps=episode", "policy.context=30", "policy.max_timestep=20"],
+            ["policy.context=30", "policy.max_timestep=20"],
+        ),
         (["distill.target_return=500"], ["distill.target_return=500", "distill.prompt=fixed"]),
         (["runtime.workers=2"], ["runtime.workers=2", "runtime.engine=ray"]),
         (["runtime.address=auto"], ["runtime.address='auto'", "runtime.engine=ray"]),

@@ -38,7 +38,7 @@ SETTINGS = (
     "select.starts=160", "select.episode_cap=0.5", "planner.kind=mpc", "planner.candidates=2048",
     "planner.horizon=10", "imagine.length=10", "imagine.shard_size=4",
     "accept.threshold=1000.0", "accept.range_margin=2.0", "accept.min_length=1", "accept.margin=0.0",
-    "policy.width=64", "policy.layers=2", "policy.heads=2", "policy.context=10", "policy.max_timestep=200",
+    "policy.width=64", "policy.layers=2", "policy.heads=2", "policy.context=10",
     "distill.updates=600", "distill.batch_size=64", "distill.warmup=5", "distill.eta=0.5",
     "choose.episodes=0", "ablations=[]", "runtime.train_threads=1", "runtime.checkpoint_seconds=0.5",
 )

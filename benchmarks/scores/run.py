@@ -47,7 +47,7 @@ LOG_ALONE = {"distill.imagined_ratio": 0.0}
 PLAIN = {**LOG_ALONE, **LAST, "distill.eta": 0.0, "distill.data_temperature": 0.0}
 CHANGES: dict[str, dict[str, Any]] = {
     "bc": {**PLAIN, "distill.prompt": "none"},
-    "dt": {**PLAIN, "distill.prompt": "fixed"},
+    "dt": {**PLAIN, "distill.prompt": "fixed", "policy.timesteps": "episode"},
     "iql": {},
     "v_prompt": {**PLAIN, "distill.prompt": "value"},
     "value_guided": {**LOG_ALONE, **LAST},

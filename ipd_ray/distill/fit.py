@@ -31,7 +31,7 @@ from ipd_ray.layers import block_generator
 from ipd_ray.training import train
 from ipd_ray.values.networks import ValueFunctions
 
-VERSION = 6
+VERSION = 7
 _STREAM = 66
 
 
@@ -109,7 +109,7 @@ class Corpus:
             "prompt_std": max(float(m.prompts.log.std()), 1e-6),
             "prompt_low": float(low),
             "prompt_high": float(high),
-            "last_timestep": min(policy.max_timestep - 1, m.log.common_timestep),
+            "last_timestep": min(policy.told_apart - 1, m.log.common_timestep),
         }
         unit = float(np.sqrt(np.square(m.log.action_unit).mean()))
         return cls(columns, mixture, moments, m.critic_scale, unit, notes or {})
@@ -252,7 +252,7 @@ class DistillTrainer:
         pi = self.model(batch.prompt, batch.observation, batch.action, batch.timestep, batch.valid, batch.noise)
         leaf = pi.detach().requires_grad_(True)
         i = int(torch.randint(2, (), generator=block_generator(self._seed, _STREAM, step)))
-        sums = loss_sums(leaf, batch.action, batch.observation, batch.weight, self._critic, (i, 1 - i))
+        sums = loss_sums(leaf, batch.imitated, batch.observation, batch.weight, self._critic, (i, 1 - i))
         total = reduce.sum(torch.stack([sums.imitation, sums.q, sums.q_size, sums.weight, sums.count]).detach())
         imitation, q, q_size, weight, count = total.unbind()
         scale = q_size / count if config.critic_scale == "mean_abs" else torch.full_like(count, self._critic_scale)

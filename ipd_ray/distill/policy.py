@@ -35,7 +35,8 @@ class TransformerPolicy(nn.Module):
 
     tokens=step: one token a step, the sum of the embeddings of prompt_t, s_t and a_{t-1}; the action before a window's
     first step is not known: zero. tokens=separate: three a step, (prompt_t, s_t, a_t), as Decision Transformer
-    (arXiv:2106.01345); without a prompt its token is left out. A token's only position is its timestep's embedding.
+    (arXiv:2106.01345); without a prompt its token is left out. A token's only position is its timestep's embedding,
+    which counts from the start of the window or of the episode (`PolicyConfig.timesteps`).
     """
 
     observation_mean: Tensor
@@ -49,10 +50,11 @@ class TransformerPolicy(nn.Module):
     def __init__(self, observation_dim: int, action_dim: int, config: PolicyConfig, *, prompted: bool):
         super().__init__()
         self.prompted, self.separate = prompted, config.tokens == "separate"
+        self.in_window = config.timesteps == "window"
         self.embed_observation = nn.Linear(observation_dim, config.width)
         self.embed_action = nn.Linear(action_dim, config.width)
         self.embed_prompt = nn.Linear(1, config.width) if prompted else None
-        self.embed_timestep = nn.Embedding(config.max_timestep, config.width)
+        self.embed_timestep = nn.Embedding(config.told_apart, config.width)
         nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.norm_in, self.norm_out = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
@@ -61,7 +63,7 @@ class TransformerPolicy(nn.Module):
         nn.init.zeros_(self.head.bias)
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
-        self.register_buffer("last_timestep", torch.tensor(config.max_timestep - 1))
+        self.register_buffer("last_timestep", torch.tensor(config.told_apart - 1))
         for name, value in (("mean", 0.0), ("std", 1.0), ("low", -1e9), ("high", 1e9)):
             self.register_buffer(f"prompt_{name}", torch.tensor(value))
 
@@ -77,10 +79,12 @@ class TransformerPolicy(nn.Module):
         """Return actions (B, K, A) inside (-1, 1).
 
         prompt_BK: in its own units, clipped here to the range seen in training. observation_BKO: raw. action_BKA: the
-        last one is not looked at. timestep_BK: those after `last_timestep` share its embedding. valid_BK: False on the
-        left padding before an episode's start. noise_B: odd int32 a window, with which dropout is done as `_dropped`
-        says; None: no dropout.
+        last one is not looked at. timestep_BK: of the episode; not looked at where timesteps count in the window. Those
+        after `last_timestep` share its embedding. valid_BK: False on the left padding before an episode's start.
+        noise_B: odd int32 a window, with which dropout is done as `_dropped` says; None: no dropout.
         """
+        if self.in_window:
+            timestep_BK = (valid_BK.cumsum(1) - 1).clamp(min=0)
         time = self.embed_timestep(torch.minimum(timestep_BK, self.last_timestep))
         observation = self.embed_observation((observation_BKO - self.observation_mean) / self.observation_std)
         prompt = None

@@ -74,7 +74,8 @@ def flatten(
     steps end, in order. Windows of the log end at every position of it: its steps, and K - 1 positions of weight 0
     behind each episode, so that every step lies in K windows, an episode's last ones too. Every accepted segment is
     spliced onto its real past: the K - 1 steps of the log before its start (fewer at an episode's beginning) are its
-    context, timesteps count on, and only imagined steps are imitated.
+    context, timesteps count on, and only imagined steps are imitated. Where a student walked, the past holds what it did,
+    and imitated is what its actor would do: so a policy learns to come back from its own errors, which it sees.
 
     accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the
     imagined share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and
@@ -99,6 +100,7 @@ def flatten(
         "log.weight": padded(weight),
         "plan.observation": plans.observation,
         "plan.action": plans.action,
+        "plan.imitated": plans.imitated,
         "plan.prompt": plans.prompt,
         "plan.timestep": plans.timestep.astype(np.int32),
         "plan.weight": plans.weight,
@@ -123,6 +125,9 @@ class Batch:
     prompt: Tensor
     observation: Tensor
     action: Tensor
+    """(B, K, A) what was done: the past that the policy sees, where a student walked its errors too."""
+    imitated: Tensor
+    """(B, K, A) what is to be done: the same, but for a student's steps, where it is what its actor would do."""
     timestep: Tensor
     valid: Tensor
     weight: Tensor
@@ -164,6 +169,7 @@ class Windows:
         for kind, rows, into in (("log", log, self._rows[:behind]), ("plan", plan, self._rows[behind:])):
             wide, narrow = ([columns[f"{kind}.{n}"][rows].to(device) for n in names] for names in (_WIDE, _NARROW))
             torch.cat([*wide, *(column[:, None] for column in narrow)], 1, out=into)
+        self._imitated, self._behind = columns["plan.imitated"][plan].to(device), behind
         self._first, self._first_plan = log.start, first
         self.imagined_ends = ends + (behind - plan.start)
         """Where the windows over plans end, as `gather` takes it."""
@@ -191,10 +197,15 @@ class Windows:
         position = torch.where(valid, ends_B[:, None] + self._back, ends_B[:, None])
         rows = self._rows.index_select(0, position.flatten()).unflatten(0, position.shape) * valid[..., None]
         observation, action, prompt, weight = rows.split(self._widths, -1)
+        imitated = action
+        if len(self._imitated):
+            of_plan = position - self._behind
+            imitated = torch.where((of_plan >= 0)[..., None], self._imitated[of_plan.clamp(min=0)], action)
         return Batch(
             prompt=prompt[..., 0],
             observation=observation,
             action=action,
+            imitated=imitated,
             timestep=torch.where(valid, timestep, 0),
             valid=valid,
             weight=weight[..., 0],
@@ -211,7 +222,7 @@ class Windows:
     @property
     def bytes(self) -> int:
         """What the worker holds."""
-        return self._rows.nbytes + self._timestep.nbytes + self.imagined_ends.nbytes
+        return self._rows.nbytes + self._imitated.nbytes + self._timestep.nbytes + self.imagined_ends.nbytes
 
     def _held(self, population: int) -> tuple[int, int]:
         """Return the first of a population that this worker's slices hold, and the one after the last."""
@@ -236,6 +247,7 @@ class Windows:
 class _Spliced:
     observation: Floats
     action: Floats
+    imitated: Floats
     prompt: Floats
     timestep: Ints
     weight: Floats
@@ -266,7 +278,8 @@ def _splice(
     ends = [np.arange(offset[i + 1] - 1, offset[i] + past[i] - 1, -context) for i in range(len(rows))]
     return _Spliced(
         observation=pick(t.observation[source], segments.observation[row, k]),
-        action=pick(t.action[source], segments.imitated[row, k]),
+        action=pick(t.action[source], segments.action[row, k]),
+        imitated=pick(t.action[source], segments.imitated[row, k]),
         prompt=pick(prompts.log[source], prompts.imagined[row, k]).astype(np.float32),
         timestep=segments.timestep[row] + place - past[owner],
         weight=np.where(is_real, 0.0, weight[row, k]).astype(np.float32),

@@ -48,8 +48,8 @@ class Policy:
         """Raw rewards times this are the units of V."""
         self.discount = float(described["discount"])
         self.prompt = str(described["prompt"])
-        # Policies saved before there was a choice have three tokens a step, with weights of the same shapes.
-        config = PolicyConfig.model_validate({"tokens": "separate", **described["policy"]})
+        # Policies saved before there was a choice have three tokens a step, and timesteps of the episode.
+        config = PolicyConfig.model_validate({"tokens": "separate", "timesteps": "episode", **described["policy"]})
         values = described["values"]
         model = TransformerPolicy(
             values["observation_dim"], values["action_dim"], config, prompted=self.prompt != "none"

@@ -108,7 +108,8 @@ UNIT = 0.5 / np.sqrt(3.0) / 0.4
 
 
 def trainer(
-    q: Any = None, *, reducer: Any = None, weight: Any = None, dropout: float = 0.0, width: Any = 1.0, **config: Any
+    q: Any = None, *, reducer: Any = None, weight: Any = None, dropout: float = 0.0, width: Any = 1.0,
+    timesteps: Any = "window", **config: Any,
 ) -> DistillTrainer:
     """A log of random states whose action is half the state times width (of all episodes or each), and two plans."""
     rng = np.random.default_rng(0)
@@ -127,7 +128,7 @@ def trainer(
         "updates": 300, "batch_size": 30, "warmup": 10, "learning_rate": 3e-3, "ema": 0.9, "eta": 0.0,
         "imagined_ratio": 0.0, "prompt": "none",
     }
-    policy = PolicyConfig(context=3, layers=1, heads=2, width=16, dropout=dropout)
+    policy = PolicyConfig(context=3, layers=1, heads=2, width=16, dropout=dropout, timesteps=timesteps)
     distill = DistillConfig.model_validate({**plain, **config})
     corpus = Corpus.of(material, policy, distill)
     return DistillTrainer(corpus, q, policy, distill, seed=0, device="cpu", reducer=reducer)
@@ -170,8 +171,8 @@ def test_imitation_is_measured_in_units_of_the_log_s_actions():
 
 
 def test_steps_that_hardly_an_episode_reaches_are_not_told_apart():
-    # Of 8 episodes of 10 steps the longest counts.
-    assert int(trainer().model.last_timestep) == 9
+    # Of 8 episodes of 10 steps the longest counts, of a window its own steps.
+    assert [int(trainer(timesteps=kind).model.last_timestep) for kind in ("episode", "window")] == [9, 2]
 
 
 def test_eta_rises_from_zero():

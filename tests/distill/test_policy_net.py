@@ -17,10 +17,10 @@ B, K, O, A = 3, 5, 4, 2  # noqa: E741
 TOKENS = pytest.mark.parametrize("tokens", ["step", "separate"])
 
 
-def network(prompted: bool = True, max_timestep: int = 50, tokens: str = "step") -> TransformerPolicy:
+def network(prompted: bool = True, **options: Any) -> TransformerPolicy:
     torch.manual_seed(0)
-    shape = {"context": K, "layers": 2, "heads": 2, "width": 16, "dropout": 0.5, "max_timestep": max_timestep}
-    config = PolicyConfig.model_validate({**shape, "tokens": tokens})
+    shape = {"context": K, "layers": 2, "heads": 2, "width": 16, "dropout": 0.5}
+    config = PolicyConfig.model_validate({**shape, **options})
     model = TransformerPolicy(O, A, config, prompted=prompted).eval()
     torch.nn.init.normal_(model.head.weight, std=0.3)  # its own start is too small to tell outputs apart
     return model
@@ -106,15 +106,26 @@ def test_prompts_are_clipped_to_the_range_seen_in_training():
     assert not torch.allclose(at, actions(model, parts, prompt=torch.zeros(B, K)), atol=1e-4)
 
 
+@TOKENS
+def test_a_step_is_told_where_it_stands_in_the_window_and_not_in_the_episode(tokens: str):
+    # Attention itself tells no order: with two steps swapped, only their positions say which came first.
+    model, parts = network(tokens=tokens), window()
+    parts["action"] = torch.zeros(B, K, A)
+    before = actions(model, parts)
+    assert torch.equal(before, actions(model, parts, timestep=parts["timestep"] + 700))
+    swapped = {name: parts[name][:, [1, 0, 2, 3, 4]] for name in ("prompt", "observation")}
+    assert (before[:, -1] - actions(model, parts, **swapped)[:, -1]).abs().min() > 1e-5
+
+
 def test_later_timesteps_share_the_last_embedding():
-    model, parts = network(max_timestep=20), window()
+    model, parts = network(timesteps="episode", max_timestep=20), window()
     late, later = (actions(model, parts, timestep=torch.full((B, K), value)) for value in (19, 5000))
     assert torch.equal(late, later)
     assert not torch.allclose(late, actions(model, parts, timestep=torch.full((B, K), 18)), atol=1e-4)
 
 
 def test_timesteps_that_the_log_hardly_reaches_share_the_last_common_one():
-    model, parts = network(max_timestep=20), window()
+    model, parts = network(timesteps="episode", max_timestep=20), window()
     model.last_timestep.fill_(7)
     at, late = (actions(model, parts, timestep=torch.full((B, K), value)) for value in (7, 15))
     assert torch.equal(at, late)

@@ -103,6 +103,17 @@ def test_a_plan_is_spliced_onto_its_real_past():
     assert batch.valid.all()
 
 
+def test_a_policy_sees_what_a_student_did_and_imitates_what_its_actor_would_do():
+    walked = imagined([4], 5)
+    wanted = replace(walked, imitated=walked.action + 7.0)
+    w = windows(wanted, [5])
+    batch = w.gather(w.imagined_ends)
+    assert batch.action[-1, :, 0].tolist() == pytest.approx([-0.01, -0.02, -0.03, -0.04])
+    assert batch.imitated[-1, :, 0].tolist() == pytest.approx([6.99, 6.98, 6.97, 6.96])
+    of_log = w.gather(torch.tensor([3, 9]))
+    assert torch.equal(of_log.imitated, of_log.action)
+
+
 def test_a_plan_near_the_beginning_has_what_past_there_is():
     # Start at the second step of episode 1: one real step before it, then padding.
     w = windows(imagined([7], 3), [3])

@@ -136,7 +136,7 @@ def refused(*words: str) -> str:
         (["run", "demo", "--presett", "demo"], ["--presett"]),
         (["run", "demo", "planner.horzion=8"], ["planner.horzion", "planner.horizon"]),
         (["run", "demo", "planner.horizon=0"], ["planner.horizon=0", "greater than 0"]),
-        (["run", "demo", "policy.context=30", "policy.max_timestep=20"], ["policy.context=30"]),
+        (["run", "demo", "policy.width=30"], ["policy.width=30"]),
         (["run", "demo", "runtime.engine=local", "runtime.address=auto"], ["runtime.address='auto'"]),
         (["run", "demo"], ["--run-dir", "absolute path on storage that every node sees"]),
         (["run", "demo", "--run-dir", "runs/x"], ["--run-dir=runs/x", "absolute path"]),

@@ -23,12 +23,12 @@ BOX = spec_of(O, A, action_low=[-2.0, 0.0], action_high=[2.0, 10.0], action_shap
 
 
 def parts(
-    prompt: str = "value", spec: Spec = BOX, target: float | None = None
+    prompt: str = "value", spec: Spec = BOX, target: float | None = None, **policy: Any
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What a policy artifact holds, with random weights."""
     torch.manual_seed(0)
     values_config = ValuesConfig(width=8, layers=1)
-    policy_config = PolicyConfig(context=K, layers=2, heads=2, width=16, max_timestep=30)
+    policy_config = PolicyConfig.model_validate({"context": K, "layers": 2, "heads": 2, "width": 16, **policy})
     values = ValueFunctions(O, A, values_config)
     values.return_std.fill_(5.0)
     model = TransformerPolicy(O, A, policy_config, prompted=prompt != "none")
@@ -280,9 +280,8 @@ def test_q_picks_among_the_policy_and_its_neighbours():
     assert rescaled(ranked.act(s[0])) == pytest.approx(own, abs=1e-6)
 
 
-def test_a_policy_saved_before_there_was_a_choice_of_tokens_has_three_a_step():
-    described, tensors = parts()
-    described["policy"]["tokens"] = "separate"
+def test_a_policy_saved_before_there_were_choices_has_three_tokens_a_step_and_timesteps_of_the_episode():
+    described, tensors = parts(tokens="separate", timesteps="episode", max_timestep=30)
     expected = Policy(described, tensors, device="cpu").act(walk()[0])
-    del described["policy"]["tokens"]
+    del described["policy"]["tokens"], described["policy"]["timesteps"]
     assert np.array_equal(Policy(described, tensors, device="cpu").act(walk()[0]), expected)
