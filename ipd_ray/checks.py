@@ -139,9 +139,9 @@ def check_disk(context: Context, until: str) -> None:
 
 
 _SMALLER = {
-    "reach": "actor.starts, actor.length or actor.batch_size", "actor": "actor.starts, actor.length or actor.students",
+    "reach": "actor.starts, actor.length or actor.batch_size",
     "imagine": "runtime.actors, imagine.shard_size or planner.candidates",
-    "distill": "distill.batch_size or select.starts",
+    "distill": "distill.batch_size or select.starts", "walk": "correct.walks or correct.length",
 }
 """Settings that a step's memory grows with."""
 

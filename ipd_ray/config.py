@@ -257,12 +257,6 @@ class ActorConfig(Section):
     """Decay of the moving average of the actor's weights, which is what is rolled out."""
     episodes: PositiveInt = 60
     """Whole episodes that each round's actor plays inside the world model; the best round is kept."""
-    students: NonNegativeInt = 4
-    """Networks that learn what the actor does, each also from where those before it got to (DAgger). In imagination
-    they walk, and what is noted is what the actor would do: so a policy learns to come back from where its own errors
-    lead. 0: the actor walks alone."""
-    student_updates: PositiveInt = 5000
-    """Gradient updates of each student."""
 
 
 class ImagineConfig(Section):
@@ -394,6 +388,22 @@ class DistillConfig(Section):
         return self
 
 
+class CorrectConfig(Section):
+    """Step 5, where planner.kind=actor: the distilled policy walks inside the world model, the actor says what it would
+    do there, and the policy learns that too (DAgger, arXiv:1011.0686)."""
+
+    rounds: NonNegativeInt = 2
+    """Times that it does so. 0: what was distilled first is kept, whose errors come back with each stride and lead to
+    where no plan has been."""
+    walks: PositiveInt = 200
+    """Episodes a round, from first observations of the log, every second one with the actor's noise; rounded up to a
+    multiple of world_model.elites."""
+    length: PositiveInt = 500
+    """Imagined steps of each at most."""
+    updates: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Gradient updates after each round, as a share of distill.updates."""
+
+
 class ChooseConfig(Section):
     """Step 6, which policy is kept: the first that does as well as the best inside the world model; first come those
     distilled with plans, the latest before earlier ones."""
@@ -522,6 +532,7 @@ class RunConfig(Section):
     accept: AcceptConfig = AcceptConfig()
     policy: PolicyConfig = PolicyConfig()
     distill: DistillConfig = DistillConfig()
+    correct: CorrectConfig = CorrectConfig()
     choose: ChooseConfig = ChooseConfig()
     fitted_q: FittedQConfig = FittedQConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

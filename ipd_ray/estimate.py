@@ -23,7 +23,7 @@ from ipd_ray.config import RunConfig
 from ipd_ray.data.columns import columns_file
 from ipd_ray.data.transitions import Ints, Transitions
 from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
-from ipd_ray.pipeline import TO_COME, Context, Part, judge_of, state_of, train_threads
+from ipd_ray.pipeline import TO_COME, Context, Part, corrections, judge_of, state_of, train_threads
 from ipd_ray.storage import METRICS
 
 EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
@@ -107,13 +107,18 @@ def estimate(
         part = parts[row["step"]]
         left = 1.0 - _done(context, part) if row["state"] in TO_COME else 0.0
         workers = processes if part.step == "imagine" else 1
-        seconds = work[part.step] * left / workers + (STARTUP_SECONDS if left else 0.0)
+        seconds = work[part.step] * _share(part, config) * left / workers + (STARTUP_SECONDS if left else 0.0)
         rows.append({
             "step": row["step"], "key": row["key"], "state": row["state"], "seconds": round(seconds, 1),
             "memory": round(_memory(part.step, config, sizes)) if left else 0,
             "disk": round(_disk(part.step, config, sizes)) if left else 0,
         })
     return rows
+
+
+def _share(part: Part, config: RunConfig) -> float:
+    """Of a step's work that a part of it is: a corrected policy has fewer updates."""
+    return float(part.sections["distill"].updates / config.distill.updates) if part.step == "distill" else 1.0
 
 
 def work_seconds(
@@ -333,7 +338,9 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         each = _update("world_model", operations("world_model", config, sizes), rate, speed)
         look = 2.0 * sizes.held * m.members * w.model / rate / EFFICIENCY["world_model"]
         return m.max_updates * (each + look / min(m.eval_every, m.max_updates))
-    if step in ("reach", "actor"):
+    if step == "actor":  # one of the reaches is copied
+        return 0.0
+    if step == "reach":
         a, elites = config.actor, config.world_model.elites
         rate = speed.product(elites, a.batch_size // elites, config.world_model.width)
         look = config.planner.horizon * (w.model + w.termination + w.actor) + w.v
@@ -342,15 +349,14 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
         played = sizes.within(judge_of(config).length) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
-        if step == "actor":
-            copied = a.student_updates * _update("actor", 3.0 * 512 * w.actor, rate, speed)  # of one network
-            return a.students * (copied + rolled)
         return a.rounds * (climbed + rolled + learned + played)
     if step == "imagine":
         elites = config.world_model.elites
         planned = operations("plan", config, sizes) + 2.0 * elites * w.model
         rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
         return _starts(config, sizes) * sizes.within(config.imagine.length) * planned / rate
+    if step == "walk":
+        return sizes.within(config.correct.length) * (ACT_SECONDS + config.correct.walks * IMAGINED_SECONDS)
     if step == "distill":
         p, d = config.policy, config.distill
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
@@ -386,11 +392,14 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         m = config.world_model
         return log + 4.0 * steps * (2 * o + a + 1) * 3 + 8.0 * steps * m.members + 4.0 * 6 * m.members * w.model
-    if step in ("reach", "actor"):  # roll-outs, and every activation of the climb
+    if step == "actor":
+        return PROCESS_BYTES
+    if step == "reach":  # roll-outs, and every activation of the climb
         c, m = config.actor, config.world_model
         climb = c.batch_size * config.planner.horizon * (3 * m.layers * m.width + 6 * config.values.width + 8 * o)
-        tables = c.students if step == "actor" else 3
-        return log + 4.0 * (c.starts * c.length * (o + 6) * tables + climb + steps)
+        return log + 4.0 * (3 * c.starts * c.length * (o + a + 7) + climb + steps)
+    if step == "walk":
+        return log + 2.0 * _walk_bytes(config, sizes)
     if step == "imagine":
         m, elites = config.world_model, config.world_model.elites
         width, planner = max(m.width, config.values.width), config.planner
@@ -405,7 +414,8 @@ def _memory(step: str, config: RunConfig, sizes: Sizes) -> float:
         tokens = _tokens(config)
         activations = 4.0 * d.batch_size * tokens * p.width * 20 * p.layers
         corpus, policy = _corpus_bytes(config, sizes), 4.0 * 6 * w.policy
-        prepared = log + 4.0 * steps * 3 + _segment_bytes(config, sizes) * 2 + corpus
+        imagined = _segment_bytes(config, sizes) + corrections(config) * _walk_bytes(config, sizes)
+        prepared = log + 4.0 * steps * 3 + imagined * 2 + corpus
         if config.runtime.engine == "local":
             return prepared + activations + policy
         # One process prepares; then a worker holds its slices, and while it reads them, twice.
@@ -422,11 +432,13 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
     if step == "world_model":
         return 4.0 * (config.world_model.members * w.model * 5 + w.termination + 3 * sizes.held)
     if step == "actor":
-        return 2.0 * w.actor * (2 + config.actor.students)
+        return 4.0 * w.actor
     if step == "reach":
         return 4.0 * (6 * w.actor + 3 * w.v + config.actor.starts * sizes.observation)
     if step == "imagine":
         return _segment_bytes(config, sizes)
+    if step == "walk":
+        return _walk_bytes(config, sizes)
     if step == "distill":
         corpus = _corpus_bytes(config, sizes) if config.runtime.engine == "ray" else 0.0
         return 4.0 * (w.policy * (4 + config.distill.snapshots) + 2 * w.values) + corpus
@@ -434,9 +446,16 @@ def _disk(step: str, config: RunConfig, sizes: Sizes) -> float:
 
 
 def _segment_bytes(config: RunConfig, sizes: Sizes) -> float:
-    length = sizes.within(config.imagine.length)
-    numbers = (length + 1) * (sizes.observation + 2) + length * (2 * sizes.action + 4) + 10
-    return _starts(config, sizes) * 4.0 * numbers
+    return _starts(config, sizes) * _one_segment(sizes, sizes.within(config.imagine.length))
+
+
+def _walk_bytes(config: RunConfig, sizes: Sizes) -> float:
+    """Of a round of corrections."""
+    return config.correct.walks * _one_segment(sizes, sizes.within(config.correct.length))
+
+
+def _one_segment(sizes: Sizes, length: int) -> float:
+    return 4.0 * ((length + 1) * (sizes.observation + 2) + length * (2 * sizes.action + 4) + 10)
 
 
 def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
@@ -444,6 +463,7 @@ def _corpus_bytes(config: RunConfig, sizes: Sizes) -> float:
     plans = 0
     if config.distill.imagined_ratio > 0:
         plans = _starts(config, sizes) * (sizes.within(config.imagine.length) + config.policy.context - 1)
+        plans += corrections(config) * config.correct.walks * sizes.within(config.correct.length)
     log = sizes.steps + len(sizes.lengths) * (config.policy.context - 1)
     return 4.0 * ((log + plans) * (sizes.observation + sizes.action + 3) + plans * sizes.action)
 

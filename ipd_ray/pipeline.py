@@ -25,6 +25,7 @@ from ipd_ray.evaluate import choose as evaluate_choose
 from ipd_ray.evaluate import episodes, fitted_q
 from ipd_ray.evaluate.episodes import Arena, NoEnvironment, arena_of
 from ipd_ray.imagine import actor as actor_fit
+from ipd_ray.imagine import walk as policy_walk
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.progress import NOTE, Crew, CurveTail, Listener, ShardProgress
 from ipd_ray.steps import (
@@ -43,6 +44,7 @@ from ipd_ray.steps import (
     run_select,
     run_shard,
     run_values,
+    run_walk,
     run_world_model,
 )
 from ipd_ray.storage import ARTIFACT, METRICS, Folder
@@ -53,8 +55,6 @@ from ipd_ray.world_model import fit as world_model_fit
 IMAGINE_VERSION = 6
 _JUDGED_STEPS = 1000
 """Imagined steps of each episode by which actors are judged."""
-_OF_ALL_REACHES = {"reaches", "students", "student_updates"}
-"""Settings of the actor that an actor of one reach does not depend on."""
 STEPS = ("values", "world_model", "reach", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 
@@ -95,6 +95,17 @@ def variants(config: RunConfig) -> dict[str, DistillConfig]:
     return out
 
 
+def corrections(config: RunConfig) -> int:
+    """Times that the policy walks and learns what its actor would have done."""
+    imitates = config.planner.kind == "actor" and config.distill.imagined_ratio > 0
+    return config.correct.rounds if imitates else 0
+
+
+def correction(config: RunConfig) -> DistillConfig:
+    """How the policy goes on after a walk."""
+    return config.distill.model_copy(update={"updates": max(1, round(config.correct.updates * config.distill.updates))})
+
+
 class Parts:
     """Keys of everything that a run makes."""
 
@@ -117,25 +128,29 @@ class Parts:
         if c.planner.kind == "actor":
             about: dict[str, Any] = {"planner": c.planner.read_by_kind(), "uncertainty": c.imagine.uncertainty}
             judged = {"judge": judge_of(c), "range_margin": c.accept.range_margin}
-            alone = {**about, **judged, "actor": c.actor.model_dump(mode="json", exclude=_OF_ALL_REACHES)}
+            alone = {**about, **judged, "actor": c.actor.model_dump(mode="json", exclude={"reaches"})}
             for reach in c.actor.reaches:
                 sections = {**alone, "reach": reach}
                 self.reaches[reach] = Part(f"reach:{reach}", "reach", actor_fit.VERSION, c.seed, sections, learned)
             upstream = {**learned, **{part.name: part.key for part in self.reaches.values()}}
-            self.actor = Part("actor", "actor", actor_fit.TAUGHT_VERSION, c.seed, {**about, "actor": c.actor}, upstream)
+            self.actor = Part("actor", "actor", actor_fit.TAKEN_VERSION, c.seed, {**about, "actor": c.actor}, upstream)
             learned = {**learned, "actor": self.actor.key}
         sections = {"select": c.select, "planner": c.planner.read_by_kind(), "imagine": c.imagine}
         self.imagine = Part("imagine", "imagine", IMAGINE_VERSION, c.seed, sections, learned)
         self._choice_is_wide = c.choose.without_imagination
         self._imagines = any(v.imagined_ratio > 0 for v in variants(c).values())
         self.distill: dict[str, Part] = {}
+        self.drafts: list[Part] = []
+        """Where an actor corrects: the policies before the last one, in order; each goes on from the one before."""
+        self.walks: list[Part] = []
+        """Where these drafts get to."""
+        for k in range(1, corrections(c) + 1):
+            self.drafts.append(self._distilled(c, f"distill:draft-{k}", c.distill))
+            self.walks.append(self._walk(c, f"walk:{k}", learned))
         self.evaluate: dict[str, Part] = {}
         for variant, distill in variants(c).items():
             suffix = "" if variant == "ipd" else f":{variant}"
-            imagined = distill.imagined_ratio > 0
-            sections = {"policy": c.policy, "distill": distill, **({"accept": c.accept} if imagined else {})}
-            upstream = {"values": self.values.key, **({"imagine": self.imagine.key} if imagined else {})}
-            self.distill[variant] = Part(f"distill{suffix}", "distill", distill_fit.VERSION, c.seed, sections, upstream)
+            self.distill[variant] = self._distilled(c, f"distill{suffix}", distill)
         self.choose: Part | None = None
         """None where the last policy of the distillation is kept."""
         if c.choose.episodes > 0:
@@ -162,6 +177,26 @@ class Parts:
                 {"distill": self.distill[variant].key, **chosen},
             )
 
+    def _distilled(self, c: RunConfig, name: str, distill: DistillConfig) -> Part:
+        """A policy, which goes on from the draft before it where it is corrected."""
+        sections: dict[str, Any] = {"policy": c.policy, "distill": distill}
+        upstream = {"values": self.values.key}
+        if distill.imagined_ratio > 0:
+            sections["accept"], upstream["imagine"] = c.accept, self.imagine.key
+            if self.drafts:
+                sections["distill"] = correction(c)
+                upstream.update({part.name: part.key for part in (*self.walks, self.drafts[-1])})
+        return Part(name, "distill", distill_fit.VERSION, c.seed, sections, upstream)
+
+    def _walk(self, c: RunConfig, name: str, learned: Mapping[str, str]) -> Part:
+        """How the last draft walks."""
+        about = {
+            **c.correct.model_dump(mode="json", include={"walks", "length"}), "noise_std": c.actor.noise_std,
+            "uncertainty": c.imagine.uncertainty, "known": c.choose.known, "range_margin": c.accept.range_margin,
+        }  # fmt: skip
+        upstream = {**learned, "policy": self.drafts[-1].key}
+        return Part(name, "walk", policy_walk.VERSION, c.seed, {"walk": about}, upstream)
+
     @property
     def candidates(self) -> list[str]:
         """The variants whose policies are chosen from; what roll-outs cannot tell apart goes to the first."""
@@ -180,8 +215,9 @@ class Parts:
         if order >= STEPS.index("distill") and not self._imagines:
             ahead = [self.world_model] if order > STEPS.index("distill") and self.choose else []
         after = [part for part in (self.choose, self.fitted_q) if part]
-        parts = [self.values, *ahead, *self.distill.values(), *after, *self.evaluate.values()]
-        return [p for p in parts if STEPS.index(p.step) <= order]
+        corrected = [part for pair in zip(self.drafts, self.walks, strict=True) for part in pair]
+        parts = [self.values, *ahead, *corrected, *self.distill.values(), *after, *self.evaluate.values()]
+        return [p for p in parts if STEPS.index("distill" if p.step == "walk" else p.step) <= order]
 
 
 @dataclass(frozen=True)
@@ -272,8 +308,10 @@ def run_until(context: Context, last: str, learned: Callable[[], None]) -> None:
         learn_actor(context)
     if "imagine" in needed:
         imagine(context)
+    if "distill" in needed:
+        correct(context)
     for variant in variants(context.config) if "distill" in needed else ():
-        distill(context, variant)
+        distill(context, context.parts.distill[variant])
     if "choose" in needed:
         choose(context)
     if "distill" in needed:
@@ -307,11 +345,10 @@ def learn_reaches(context: Context) -> None:
 
 
 def learn_actor(context: Context) -> None:
-    """Step 3, where planner.kind=actor: the best of the reaches, and its students."""
+    """Step 3, where planner.kind=actor: the best of the reaches."""
     part = context.parts.actor
     assert part is not None  # part of the run
     _obtain(context, [Job(part, run_actor, lambda: {
-        "imagination": _imagination(context),
         "reaches": [context.path(reach) for reach in context.parts.reaches.values()],
     })])
 
@@ -386,33 +423,54 @@ def imagine(context: Context) -> None:
     context.obtain({"imagine": part}, compute)
 
 
-def distill(context: Context, variant: str = "ipd") -> None:
+def correct(context: Context) -> None:
+    """Step 5, where planner.kind=actor: drafts of the policy, each of which walks inside the world model."""
+    config, parts = context.config, context.parts
+
+    def arguments(draft: Part) -> Callable[[], dict[str, Any]]:
+        assert parts.actor is not None  # it corrects
+        actor = parts.actor
+        return lambda: {
+            "imagination": _imagination(context), "config": config.correct, "actor": context.path(actor),
+            "policy": context.path(draft),
+        }
+
+    for draft, walks in zip(parts.drafts, parts.walks, strict=True):
+        distill(context, draft)
+        _obtain(context, [Job(walks, run_walk, arguments(draft))])
+
+
+def distill(context: Context, part: Part) -> None:
     """Step 5, one policy."""
-    config, part = context.config, context.parts.distill[variant]
-    section = variants(config)[variant]
+    config, parts = context.config, context.parts
+    section: DistillConfig = part.sections["distill"]
     imagined = section.imagined_ratio > 0
+    before = [draft for draft in parts.drafts if draft.name in part.upstream]
+    walks = [walk for walk in parts.walks if walk.name in part.upstream]
 
     def compute(folders: dict[str, Folder]) -> None:
-        folder = folders[variant]
+        folder = folders[part.name]
         job = distill_job(
             config, section, work=str(folder), place=context.place(train_threads(config)), log=context.log,
-            values=context.path(context.parts.values),
-            world_model=context.path(context.parts.world_model) if imagined else None,
-            imagination=context.path(context.parts.imagine) if imagined else None,
+            values=context.path(parts.values),
+            world_model=context.path(parts.world_model) if imagined else None,
+            imagination=context.path(parts.imagine) if imagined else None,
+            corrections=[context.path(walk) for walk in walks], begin=context.path(before[-1]) if before else None,
         )  # fmt: skip
         context.engine.distill(job, _tick(context, {part.name: folder}))
 
-    context.obtain({variant: part}, compute)
+    context.obtain({part.name: part}, compute)
 
 
 def distill_job(
     config: RunConfig, section: DistillConfig, *, work: str, place: Place, log: LogRef, values: str,
-    world_model: str | None, imagination: str | None,
+    world_model: str | None, imagination: str | None, corrections: Sequence[str] = (), begin: str | None = None,
 ) -> DistillJob:  # fmt: skip
-    """A distillation of a run. section: of one of its variants."""
+    """A distillation of a run. section: of one of its variants, or of a correction; begin: the policy to go on from."""
     return DistillJob(
-        work, place, log, values, world_model, imagination, config.imagine.uncertainty, config.select.regret_share,
-        config.accept, config.policy, section, config.seed,
+        work, place, log, values, world_model, imagination, tuple(corrections), begin, config.planner.kind == "actor",
+        config.imagine.uncertainty, config.select.regret_share, config.imagine.length, config.accept, config.policy,
+        section, config.seed,
     )
 
 

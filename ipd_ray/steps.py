@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipd_ray.artifacts import Artifact, Workspace, numeric_platform, prefixed
+from ipd_ray.artifacts import Artifact, Workspace, numeric_platform, prefixed, stripped
 from ipd_ray.config import (
     AcceptConfig,
     ActorConfig,
     ChooseConfig,
+    CorrectConfig,
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -47,13 +48,14 @@ from ipd_ray.distill.fit import (
 )
 from ipd_ray.distill.windows import Prompts
 from ipd_ray.evaluate.acting import Policy
-from ipd_ray.evaluate.choose import Player, first_as_good, imagined_returns
+from ipd_ray.evaluate.choose import first_as_good, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
 from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
-from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor, with_students
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, segment_length, shard_specs
 from ipd_ray.imagine.select import select_starts
+from ipd_ray.imagine.walk import Player, walk
 from ipd_ray.storage import Folder
 from ipd_ray.training import set_threads
 from ipd_ray.values.fit import (
@@ -210,8 +212,8 @@ def run_reach(work: str, place: Place, imagination: Imagination, planner: Planne
     }, actor=actor.sizes)
 
 
-def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequence[str]) -> None:
-    """Step 3, where planner.kind=actor: the actor of the best reach, and its students.
+def run_actor(work: str, place: Place, reaches: Sequence[str]) -> None:
+    """Step 3, where planner.kind=actor: the actor of the best reach.
 
     reaches: folders that `run_reach` left.
     """
@@ -219,14 +221,24 @@ def run_actor(work: str, place: Place, imagination: Imagination, reaches: Sequen
     workspace.rewind({})
     found = [Artifact(folder) for folder in reaches]
     best = found[best_reach([artifact.diagnostics for artifact in found])]
-    total = imagination.config.students
-    actor = with_students(
-        load_actor(best.tensors(), best.described, place.device), imagination.rollouts(place.device),
-        lambda done, error: workspace.log(done, total, {"student_mse": error}),
-    )  # fmt: skip
-    workspace.finish(actor.state_dict(), {
+    workspace.finish(best.tensors(), {
         **best.diagnostics, "reaches": {str(a.diagnostics["reach"]): a.diagnostics["return_mean"] for a in found},
-    }, actor=actor.sizes)
+    }, actor=best.described["actor"])
+
+
+def run_walk(
+    work: str, place: Place, imagination: Imagination, config: CorrectConfig, actor: str, policy: str
+) -> None:
+    """Step 5, where planner.kind=actor: what the actor would do where a distilled policy walks.
+
+    actor, policy: artifacts of theirs.
+    """
+    workspace, artifact = place.workspace(work), Artifact(policy)
+    walks = Policy(artifact.described, artifact.tensors(), place.device)
+    rollouts = imagination.rollouts(place.device)
+    segments, told = walk(walks, actor_of(actor, place.device), rollouts, config)
+    write_shard(workspace.folder, 0, segments, _summary(segments, place.device))
+    finish_imagination(workspace, 1, told)
 
 
 @dataclass(frozen=True)
@@ -318,20 +330,22 @@ def run_shard(
         device=place.device,
         actor=actor_of(actor, place.device) if actor else None,
     )
-    gain = segments.reward.sum(1) - segments.own_reward.sum(1)
-    summary = {
-        "steps": int(segments.action.shape[0] * segments.length),
-        "uncertainty": {f"{q:g}": float(np.quantile(segments.uncertainty, q)) for q in (0.1, 0.5, 0.9)},
-        "reward_gain": float(gain.mean()),
-        "terminated": int(segments.terminal.any(1).sum()),
-        "platform": numeric_platform(place.device),
-    }
-    entry = write_shard(workspace.folder, spec.shard, segments, summary)
+    entry = write_shard(workspace.folder, spec.shard, segments, _summary(segments, place.device))
     return entry if gate is None else {**entry, "accepted": int(gate.accept(segments, log).passed.sum())}
 
 
-def finish_imagination(workspace: Workspace, shards: int) -> None:
-    """Describe a folder whose shards are all there."""
+def _summary(segments: Segments, device: str) -> dict[str, Any]:
+    """What a shard's manifest entry says of it."""
+    return {
+        "steps": int(segments.action.shape[0] * segments.length),
+        "reward_gain": float((segments.reward.sum(1) - segments.own_reward.sum(1)).mean()),
+        "terminated": int(segments.terminal.any(1).sum()),
+        "platform": numeric_platform(device),
+    }
+
+
+def finish_imagination(workspace: Workspace, shards: int, told: Mapping[str, float] | None = None) -> None:
+    """Describe a folder whose shards are all there. told: more to report of them."""
     entries = read_entries(workspace.folder)
     missing = [i for i in range(shards) if i not in entries]
     if missing:
@@ -341,6 +355,7 @@ def finish_imagination(workspace: Workspace, shards: int) -> None:
         "shards": shards,
         "segments": sum(e["segments"] for e in known),
         "steps": sum(e["steps"] for e in known),
+        **(told or {}),
     }
     workspace.folder.write_text("manifest.json", "\n".join(str(e["digest"]) for e in known))
     made_on = {"platform": known[0]["platform"]} if "platform" in known[0] else {}
@@ -365,8 +380,16 @@ class DistillJob:
     world_model: str | None
     """None with `imagination`, where nothing imagined is distilled."""
     imagination: str | None
+    corrections: tuple[str, ...]
+    """Artifacts of the walks of policies before this one, whose actor is imitated."""
+    begin: str | None
+    """Artifact of the policy to go on from."""
+    of_actor: bool
+    """What is imitated is what one actor does: each imagined step counts alike, whatever came of it."""
     uncertainty: str
     regret_share: float
+    length: int
+    """Of imagined segments."""
     accept: AcceptConfig
     policy: PolicyConfig
     distill: DistillConfig
@@ -378,9 +401,11 @@ class DistillJob:
         values = values_of(self.values, device)
         v, _ = logged_values(self.values, self.log, device)
         segments, verdict, imagined = self.imagined(log)
+        segments, verdict = self._with_corrections(segments, verdict)
         lam, temperature = self.distill.advantage_lambda, self.distill.data_temperature
         of_log = generalised_advantage(log, v, value_at_ends(log, values.v, device), lam)
         of_plans = imagined_advantage(segments, verdict.length, log.discount, lam)
+        plan_weight = advantage_weight(of_plans, of_log, temperature)
         material = Material(
             log,
             segments,
@@ -389,7 +414,7 @@ class DistillJob:
             float(verdict.passed.mean()) if len(verdict.passed) else 0.0,
             self._prompts(log, segments, verdict),
             advantage_weight(of_log, of_log, temperature),
-            advantage_weight(of_plans, of_log, temperature),
+            np.ones_like(plan_weight) if self.of_actor else plan_weight,
             critic_spread(values, log.transitions.observation, log.action_unit, device),
         )
         return Corpus.of(material, self.policy, self.distill, {"imagined": imagined, "log": self._about(log)})
@@ -397,9 +422,12 @@ class DistillJob:
     def trainer(self, corpus: Corpus, reducer: Reducer | None = None) -> DistillTrainer:
         """Return the trainer of one worker, ready for its first update."""
         critic, device = values_of(self.values, self.place.device).q, self.place.device
-        return DistillTrainer(
+        trainer = DistillTrainer(
             corpus, critic, self.policy, self.distill, seed=self.seed, device=device, reducer=reducer
         )
+        if self.begin is not None:
+            trainer.begin_from(stripped("policy", Artifact(self.begin).tensors()))
+        return trainer
 
     def train(self, corpus: Corpus, workspace: Workspace, reducer: Reducer | None = None) -> None:
         """Carry out one worker's part; the first one leaves the policy artifact: everything that acting needs."""
@@ -418,16 +446,27 @@ class DistillJob:
         t = log.transitions
         if self.imagination is None or self.world_model is None:
             return Segments.none(t.observation_dim, t.spec.action_dim), Accepted.nothing(), {}
-        segments = read_segments(self.imagination)
-        gate = gate_of(
-            self.accept, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
-            regret_share=self.regret_share, length=segments.length, device=self.place.device,
-        )
+        segments, gate = read_segments(self.imagination), self._gate(self.accept)
         verdict = gate.accept(segments, self.log)
         summary = summarise(segments, verdict, log)
         u = holdout_uncertainty(self.world_model, self.uncertainty)
         summary["kappa"], summary["kappa_step_quantile"] = gate.threshold, float((u <= gate.threshold).mean())
         return segments, verdict, summary
+
+    def _gate(self, config: AcceptConfig) -> Gate:
+        assert self.world_model is not None  # something is imagined
+        return gate_of(
+            config, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
+            regret_share=self.regret_share, length=self.length, device=self.place.device,
+        )
+
+    def _with_corrections(self, segments: Segments, verdict: Accepted) -> tuple[Segments, Accepted]:
+        """Add the walks of policies before this one, which have nothing to beat: what counts is what the actor says."""
+        if not self.corrections:
+            return segments, verdict
+        walks = [read_segments(path) for path in self.corrections]
+        gate = self._gate(self.accept.model_copy(update={"margin": None}))
+        return concatenate([segments, *walks]), Accepted.all_of([verdict, *(gate.accept(w, self.log) for w in walks)])
 
     def accepted_segments(self) -> list[dict[str, Any]]:
         """Return what counts of the imagined segments, cut, rewards raw again: the form that `export_minari` takes."""

@@ -61,6 +61,7 @@ def keys_of(config: RunConfig, content: str = "log", spec: Spec = SPEC) -> dict[
 
 
 REACHES = {f"reach:{reach}" for reach in ActorConfig().reaches}
+CORRECTED = ("distill:draft-1", "walk:1", "distill:draft-2", "walk:2", "distill")
 POLICIES = {"distill", "distill:no_imagination", "choose", "evaluate"}
 
 
@@ -90,13 +91,16 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
 @pytest.mark.parametrize(
     ("word", "changed"),
     [
-        ("actor.rounds=3", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
-        ("choose.known=0.9", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
-        ("accept.range_margin=0.5", {*REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
-        ("actor.students=3", {"actor", "imagine", "distill", "choose", "evaluate"}),
-        ("world_model.width=8", {"world_model", *REACHES, "actor", "imagine", "distill", "choose", "evaluate"}),
-        ("imagine.length=20", {"imagine", "distill", "choose", "evaluate"}),
-        ("accept.margin=0.5", {"distill", "choose", "evaluate"}),
+        ("actor.rounds=3", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
+        ("choose.known=0.9", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
+        ("accept.range_margin=0.5", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
+        ("actor.reaches=[0.3]", {"reach:0.075", "reach:0.15", "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
+        ("world_model.width=8", {"world_model", *REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
+        ("imagine.length=20", {"imagine", *CORRECTED, "choose", "evaluate"}),
+        ("accept.margin=0.5", {*CORRECTED, "choose", "evaluate"}),
+        ("correct.length=9", {*CORRECTED[1:], "choose", "evaluate"}),
+        ("correct.updates=0.5", {*CORRECTED[2:], "choose", "evaluate"}),
+        ("actor.noise_std=0.2", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
     ],
 )
 def test_an_actor_stands_between_the_world_model_and_its_imagination(word: str, changed: set[str]):
@@ -124,7 +128,15 @@ def test_what_a_kind_of_plans_does_not_read_makes_nothing_anew(kind: str, ignore
 
 
 def test_what_an_actor_is_told_changes_no_other_plans():
-    assert keys_of(load()) == keys_of(load(overrides=["actor.rounds=3"]))
+    assert keys_of(load()) == keys_of(load(overrides=["actor.rounds=3", "correct.rounds=2", "correct.updates=0.5"]))
+
+
+def test_a_draft_is_what_would_be_kept_without_corrections():
+    words = ["planner.kind=actor", "correct.rounds="]
+    none, one, two = (keys_of(load(overrides=[words[0], words[1] + str(rounds)])) for rounds in range(3))
+    assert none["distill"] == one["distill:draft-1"] == two["distill:draft-1"]
+    assert one["distill"] == two["distill:draft-2"] and one["walk:1"] == two["walk:1"] != two["walk:2"]
+    assert len({k["distill"] for k in (none, one, two)}) == 3
 
 
 def test_another_log_makes_everything_anew():

@@ -31,7 +31,8 @@ TINY = [
     *SETTINGS, "values.updates=12", "world_model.max_updates=8", "world_model.eval_every=2", "select.starts=8",
     "world_model.members=2", "planner.candidates=4",
     "planner.iterations=2", "actor.reaches=[0.3]", "actor.rounds=3", "actor.starts=6", "actor.length=4",
-    "actor.updates=2", "actor.value_updates=2", "actor.students=1", "actor.student_updates=2", "actor.episodes=2",
+    "actor.updates=2", "actor.value_updates=2", "actor.episodes=2",
+    "correct.walks=4", "correct.length=3",
     "distill.updates=12", "distill.snapshots=2", "choose.episodes=2", "choose.length=3", "fitted_q.updates=4",
     "evaluate.max_steps=3",
 ]  # fmt: skip

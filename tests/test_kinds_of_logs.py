@@ -22,7 +22,8 @@ from ipd_ray.runs import RunFolder
 
 ACTOR = [
     "planner.kind=actor", "actor.reaches=[0.3]", "actor.rounds=2", "actor.starts=20", "actor.length=10",
-    "actor.updates=5", "actor.value_updates=5", "actor.students=0", "actor.episodes=4",
+    "actor.updates=5", "actor.value_updates=5", "actor.episodes=4",
+    "correct.walks=4", "correct.length=10",
 ]  # fmt: skip
 
 

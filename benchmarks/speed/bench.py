@@ -146,7 +146,7 @@ class Bench:
         """Seconds from the start of a process to its first update of the policy, all before it cached."""
         small = [
             "values.updates=20", "world_model.max_updates=20", "actor.reaches=[0.15]", "actor.rounds=1",
-            "actor.students=0", "select.starts=250", "distill.updates=20", "choose.without_imagination=false",
+            "correct.rounds=0", "select.starts=250", "distill.updates=20", "choose.without_imagination=false",
             f"runtime.device={self.device}",
         ]  # fmt: skip
         run = self.folder / "start"

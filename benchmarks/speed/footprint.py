@@ -18,7 +18,7 @@ from ipd_ray.config import RunConfig, load
 
 FEW = (
     "values.updates=60", "world_model.max_updates=30", "world_model.eval_every=30", "actor.reaches=[0.15]",
-    "actor.rounds=2", "actor.updates=5", "actor.value_updates=5", "actor.episodes=20", "actor.student_updates=20",
+    "actor.rounds=2", "actor.updates=5", "actor.value_updates=5", "actor.episodes=20", "correct.updates=1.0",
     "select.starts=250", "distill.updates=20", "choose.episodes=20", "choose.length=50",
     "choose.without_imagination=false", "distill.snapshots=1", "runtime.engine=local", "runtime.actors=1",
 )  # fmt: skip

@@ -42,7 +42,7 @@ class Segments:
     action: Floats
     """(S, L, A), in [-1, 1]; taken."""
     imitated: Floats
-    """(S, L, A), what a policy is to do there: `action`, but for an actor whose students walked."""
+    """(S, L, A), what a policy is to do there: `action`, but where a policy walked what its actor would have done."""
     reward: Floats
     """(S, L), transformed."""
     terminal: Bools
@@ -80,6 +80,18 @@ class Segments:
     def length(self) -> int:
         return int(self.action.shape[1])
 
+    def padded(self, length: int) -> Segments:
+        """The same segments with as many steps; what is added repeats the last one, and is unknown: U is infinite."""
+        more = length - self.length
+        if more == 0:
+            return self
+        columns = {
+            name: np.concatenate([column, np.repeat(column[:, -1:], more, 1)], 1) if column.ndim > 1 else column
+            for name, column in self.columns().items()
+        }
+        columns["uncertainty"][:, self.length :] = np.inf
+        return Segments(**columns)
+
     def columns(self) -> dict[str, NDArray[Any]]:
         """Return the columns by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -90,8 +102,10 @@ class Segments:
 
 
 def concatenate(parts: Sequence[Segments]) -> Segments:
-    """Return all segments as one."""
-    return Segments(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Segments)))
+    """Return all segments as one. The last step of shorter ones is repeated, with an infinite U: it is cut off."""
+    length = max(part.length for part in parts)
+    columns = [part.padded(length).columns() for part in parts]
+    return Segments(**{name: np.concatenate([c[name] for c in columns]) for name in columns[0]})
 
 
 def shard_path(folder: Path, shard: int) -> Path:

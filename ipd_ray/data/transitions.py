@@ -291,6 +291,11 @@ class Log:
         action = self.transitions.action[self.train_steps].astype(np.float64)
         return np.minimum(1.0, spread(action, np.ones(action.shape[1])) / np.float32(_WIDE))
 
+    def first_steps(self, episodes: int) -> Ints:
+        """(N,) first steps of the episodes, evenly spaced and repeated where there are fewer."""
+        first = self.transitions.episode_start[:-1]
+        return first[np.arange(episodes) * len(first) // episodes]
+
     @cached_property
     def common_timestep(self) -> int:
         """Last step of an episode that enough of the log reaches for a policy to learn what time it is: a tenth of the

@@ -240,6 +240,13 @@ class DistillTrainer:
         self._parameters = decayed + plain
         self.ema = {name: p.detach().clone() for name, p in named.items()}
 
+    def begin_from(self, policy: Mapping[str, Tensor]) -> None:
+        """Go on from a policy of the same shape, by its tensors; how it normalises stays that of this corpus."""
+        own = {name: policy[name] for name in self.ema}
+        self.model.load_state_dict({**self.model.state_dict(), **own})
+        for name, value in own.items():
+            self.ema[name].copy_(value)
+
     def _rate(self, step: int) -> float:
         config = self._config
         warm = min(1.0, (step + 1) / max(1, config.warmup))

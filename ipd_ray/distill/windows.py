@@ -74,8 +74,8 @@ def flatten(
     steps end, in order. Windows of the log end at every position of it: its steps, and K - 1 positions of weight 0
     behind each episode, so that every step lies in K windows, an episode's last ones too. Every accepted segment is
     spliced onto its real past: the K - 1 steps of the log before its start (fewer at an episode's beginning) are its
-    context, timesteps count on, and only imagined steps are imitated. Where a student walked, the past holds what it did,
-    and imitated is what its actor would do: so a policy learns to come back from its own errors, which it sees.
+    context, timesteps count on, and only imagined steps are imitated. Where a policy walked, the past holds what it
+    did, and imitated is what its actor would have done: so it learns to come back from errors that it sees.
 
     accepted, lengths: (S,) which segments count, and how far. pass_rate: share of all that passed the tests; the
     imagined share is never larger, since where few pass, chance has picked them. weight, imagined_weight: (T,) and
@@ -125,9 +125,9 @@ class Batch:
     prompt: Tensor
     observation: Tensor
     action: Tensor
-    """(B, K, A) what was done: the past that the policy sees, where a student walked its errors too."""
+    """(B, K, A) what was done: the past that the policy sees, with its errors where a policy walked."""
     imitated: Tensor
-    """(B, K, A) what is to be done: the same, but for a student's steps, where it is what its actor would do."""
+    """(B, K, A) what is to be done: the same, but where a policy walked what its actor would have done."""
     timestep: Tensor
     valid: Tensor
     weight: Tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import numpy as np
 import torch
 
@@ -11,25 +9,12 @@ from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
 from ipd_ray.imagine.accept import widened
 from ipd_ray.imagine.planner import ImaginationDynamics
+from ipd_ray.imagine.walk import Player
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
 VERSION = 9
 _STREAM = 77
-
-
-class Player(Protocol):
-    """What is asked of a policy; see `acting.Policy`."""
-
-    def reset(self, mask: Any = None) -> None: ...
-
-    def act_flat(self, observation: Floats, reward: Any = None) -> Any: ...
-
-
-def first_observations(log: Log, episodes: int) -> Floats:
-    """(N, O) first observations of the log's episodes, evenly spaced and repeated where there are fewer."""
-    first = log.transitions.episode_start[:-1]
-    return log.transitions.observation[first[np.arange(episodes) * len(first) // episodes]]
 
 
 def behind_the_best(returns_CN: Floats) -> tuple[Floats, Floats]:
@@ -72,7 +57,7 @@ def imagined_returns(
     """
     t, E = log.transitions, dynamics.elites
     N = -(-config.episodes // E) * E
-    s = torch.from_numpy(first_observations(log, N)).to(device)
+    s = torch.from_numpy(t.observation[log.first_steps(N)]).to(device)
     least, most = (torch.from_numpy(x).to(device) for x in widened(*log.step_ranges[:2], trust.range_margin))
     alive = torch.ones(N, dtype=torch.bool, device=device)
     halted = torch.zeros_like(alive)

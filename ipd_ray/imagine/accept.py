@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,13 @@ class Accepted:
         """The verdict on no segment."""
         none, no = np.zeros(0, np.float32), np.zeros(0, bool)
         return cls(no, no, np.zeros(0, np.int64), none, none, {})
+
+    @classmethod
+    def all_of(cls, verdicts: Sequence[Accepted]) -> Accepted:
+        """The verdict on all segments of several, with the reasons of the first."""
+        columns = [f.name for f in fields(cls) if f.name != "reasons"]
+        every = {name: np.concatenate([getattr(v, name) for v in verdicts]) for name in columns}
+        return cls(**every, reasons=verdicts[0].reasons)
 
 
 def widened(low: Any, high: Any, margin: float) -> tuple[Any, Any]:

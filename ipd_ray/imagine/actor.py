@@ -30,8 +30,8 @@ from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
 VERSION = 3
 """Of an actor of one reach."""
-TAUGHT_VERSION = 6
-"""Of the one that is taken, with its students."""
+TAKEN_VERSION = 7
+"""Of the one that is taken."""
 _STREAM = 33
 _BATCH = 512
 """Imagined states an update of V."""
@@ -39,10 +39,6 @@ _LOG_BATCH, _LOG_WEIGHT = 256, 0.5
 """States of the log an update of V, near which it is held in the first round, and their weight."""
 _VALUE_RATE = 1e-3
 """Adam's step size for V; falls to a twentieth in each round."""
-_STUDENT_RATE = 1e-3
-"""Adam's step size for students; falls to 3 % for each."""
-_FAR = 3
-"""Times that roll-outs for students are longer, and fewer: they drift slowly."""
 _FRONTIER = 0.3
 """Share of the log, of the highest V, in which many roll-outs start."""
 _WORST = 0.001
@@ -53,18 +49,13 @@ _SHARE = 0.85
 
 class Actor(nn.Module):
     """a = pi(s) + reach * tanh(x(s)): the behaviour policy, and a change of it that is bounded in each dimension, in
-    units of `Log.action_unit`.
-
-    With it go networks that learned to do the same, its students.
-    """
+    units of `Log.action_unit`."""
 
     observation_mean: Tensor
     observation_std: Tensor
     action_unit: Tensor
 
-    def __init__(
-        self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float, students: int = 0
-    ):
+    def __init__(self, observation_dim: int, action_dim: int, *, width: int, layers: int, reach: float):
         super().__init__()
         self.behaviour_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
         self.change_net = EnsembleMLP(1, observation_dim, action_dim, width=width, layers=layers)
@@ -73,11 +64,10 @@ class Actor(nn.Module):
         self.register_buffer("observation_mean", torch.zeros(observation_dim))
         self.register_buffer("observation_std", torch.ones(observation_dim))
         self.register_buffer("action_unit", torch.ones(action_dim))
-        self.student_net = EnsembleMLP(students, observation_dim, action_dim, width=width, layers=layers)
         self._reach = reach
         self.sizes: dict[str, Any] = {
             "observation_dim": observation_dim, "action_dim": action_dim, "width": width, "layers": layers,
-            "reach": reach, "students": students,
+            "reach": reach,
         }
 
     def act(self, observation: Tensor) -> Tensor:
@@ -91,17 +81,6 @@ class Actor(nn.Module):
         """Return observations in units of the log's spread."""
         return (observation - self.observation_mean) / self.observation_std
 
-    def walk(self, observation: Tensor) -> Tensor:
-        """Return actions (N, A) of the actor and of its students in turn, row by row."""
-        action = self.act(observation)
-        students = self.sizes["students"]
-        if students:
-            flat = self.normalise(observation).expand(students, -1, -1)
-            everyone = torch.cat([action[None], torch.tanh(self.student_net(flat))])
-            rows = torch.arange(len(observation), device=observation.device)
-            action = everyone[rows % (students + 1), rows]
-        return action
-
 
 @dataclass(frozen=True)
 class Walk:
@@ -109,8 +88,11 @@ class Walk:
 
     observations: list[Tensor]
     """K + 1 of (N, O); a row that has stopped stays where it is."""
+    actions: list[Tensor]
+    """K of (N, A), noise included."""
+    uncertainty: list[Tensor]
+    """U: K of (N,), as are the next four."""
     rewards: list[Tensor]
-    """K of (N,), as are the next three."""
     ended: list[Tensor]
     left: list[Tensor]
     """Stopped at this step, beyond what is known."""
@@ -170,22 +152,32 @@ class Rollouts:
         return np.random.default_rng(np.random.SeedSequence([self.seed, _STREAM, step]))
 
     @torch.no_grad()
-    def walk(self, act: Callable[[Tensor], Tensor], s: Tensor, length: int, generator: torch.Generator) -> Walk:
-        """Roll out from states (N, O), N a multiple of the elites, every second row with noise on its actions."""
+    def walk(
+        self, act: Callable[[Tensor, Tensor | None], Tensor], s: Tensor, length: int, generator: torch.Generator
+    ) -> Walk:
+        """Roll out from states (N, O), N a multiple of the elites, every second row with noise on its actions.
+
+        act: of states (N, O) and the rewards (N,) of the step before, None at the first.
+        """
         E, rows = self.dynamics.elites, len(s)
         noise_std = self._noise_std * (torch.arange(rows, device=self.device) % 2)[:, None]
         alive = torch.ones(rows, dtype=torch.bool, device=self.device)
-        observations, rewards, ended, left, lives = [s], [], [], [], []
+        observations, actions, uncertainty = [s], [], []
+        rewards: list[Tensor] = []
+        ended, left, lives = [], [], []
         for _ in range(length):
-            action = act(s)
+            action = act(s, rewards[-1] if rewards else None)
             noise = torch.randn(action.shape, generator=generator).to(self.device)
             action = (action + noise_std * noise).clamp(-1.0, 1.0)
             gaussians = self.dynamics.step_together(s, action)[3]
-            unknown = ensemble_uncertainty(*gaussians, self._trust.uncertainty) > self._trust.threshold
+            u = ensemble_uncertainty(*gaussians, self._trust.uncertainty)
+            unknown = u > self._trust.threshold
             following, reward, end = self.dynamics.step(s.reshape(E, rows // E, -1), action.reshape(E, rows // E, -1))
             following = following.reshape(rows, -1)
             ends = alive & (end.reshape(rows) > 0.5)
             leaves = alive & ~ends & (unknown | ((following < self._low) | (following > self._high)).any(1))
+            actions.append(action)
+            uncertainty.append(u)
             rewards.append(reward.reshape(rows))
             ended.append(ends)
             left.append(leaves)
@@ -193,7 +185,7 @@ class Rollouts:
             alive = alive & ~ends & ~leaves
             s = torch.where(alive[:, None], following, s)
             observations.append(s)
-        return Walk(observations, rewards, ended, left, lives, alive)
+        return Walk(observations, actions, uncertainty, rewards, ended, left, lives, alive)
 
 
 class ActorTrainer:
@@ -255,7 +247,7 @@ class ActorTrainer:
         """Return the states on the way (N, O), their lambda-returns (N,), and what to tell of them."""
         config, discount = self._config, self._discount
         generator = block_generator(self._rollouts.seed, _STREAM, 2 * step + 1)
-        walk = self._rollouts.walk(self._average.act, self._starts(step), config.length, generator)
+        walk = self._rollouts.walk(lambda s, _: self._average.act(s), self._starts(step), config.length, generator)
         self._ends = walk.observations[-1][walk.alive]
         value = [self._critic.v(o) for o in walk.observations]
         outcome, outcomes = value[-1], []
@@ -358,53 +350,6 @@ def learn_actor(trainer: ActorTrainer, rounds: int, workspace: Workspace) -> Act
     """Train to the end, or go on from the workspace's checkpoint; return the actor that is kept."""
     exhaust(train(trainer, rounds, workspace, log_every=1))
     return trainer.best
-
-
-def with_students(actor: Actor, rollouts: Rollouts, tell: Callable[[int, float], None]) -> Actor:
-    """Return the actor with `config.students` networks that do the same.
-
-    Each student goes on from the one before and learns what the actor does in the states of roll-outs of the actor and
-    of all students before it (DAgger, arXiv:1011.0686). tell: called with how many have learned, and with the last
-    one's mean squared error.
-    """
-    config, device, sizes = rollouts.config, rollouts.device, actor.sizes
-    if not config.students:
-        return actor
-    torch.manual_seed(rollouts.seed + 4)
-    dims = int(sizes["observation_dim"]), int(sizes["action_dim"])
-    student = EnsembleMLP(1, *dims, width=int(sizes["width"]), layers=int(sizes["layers"])).to(device)
-
-    def follow(observation: Tensor) -> Tensor:
-        return torch.tanh(student(actor.normalise(observation)[None])[0])
-
-    act: Callable[[Tensor], Tensor] = actor.act
-    tables: list[Tensor] = []
-    weights: list[dict[str, Tensor]] = []
-    rows = rollouts.rows(-(-config.starts // _FAR))
-    for k in range(config.students):
-        rng, generator = rollouts.rng(config.rounds + k), block_generator(rollouts.seed, _STREAM + 1, k)
-        s = rollouts.starts(rng, first=rows // 2, frontier=rows - rows // 2)[rng.permutation(rows)]
-        tables.append(rollouts.walk(act, s, _FAR * config.length, generator).states)
-        observation = torch.cat(tables)
-        with torch.no_grad():
-            wanted = actor.act(observation)
-        optimizer = torch.optim.Adam(student.parameters(), lr=_STUDENT_RATE, fused=True)
-        for i in range(config.student_updates):
-            drawn = torch.randint(len(observation), (_BATCH,), generator=generator).to(device)
-            loss = (follow(observation[drawn]) - wanted[drawn]).square().mean()
-            for group in optimizer.param_groups:
-                group["lr"] = _STUDENT_RATE * (1.0 - 0.97 * i / config.student_updates)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        weights.append({name: x.detach().clone() for name, x in student.state_dict().items()})
-        act = follow
-        tell(k + 1, float(loss.detach()))
-    taught = Actor(**{**sizes, "students": config.students})
-    own = {name: x for name, x in actor.state_dict().items() if not name.startswith("student_net.")}
-    own.update(prefixed("student_net", {n: torch.cat([w[n] for w in weights]) for n in weights[0]}))
-    taught.load_state_dict(own)
-    return frozen(taught, device)
 
 
 def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], device: str) -> Actor:

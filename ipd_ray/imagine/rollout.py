@@ -57,14 +57,13 @@ def imagine_shard(
 ) -> Segments:
     """Roll the planner out for L steps from every start of the shard (all rows together; ended rows are masked).
 
-    Noise is keyed by (seed, shard, step). actor: acts instead of a plan, where planner.kind=actor; its students walk in
-    turn with it, and what it would do is what is imitated. replay: take the log's own actions instead of planned ones
-    (the test of acceptance: hardly any such segment may pass).
+    Noise is keyed by (seed, shard, step). actor: acts instead of a plan, where planner.kind=actor. replay: take the
+    log's own actions instead of planned ones (the test of acceptance: hardly any such segment may pass).
     """
     t = log.transitions
     L = segment_length(log, imagine)
     s = torch.from_numpy(t.observation[spec.index]).to(device)
-    observations, rewards, actions, imitated, ended_at, uncertainty = [s], [], [], [], [], []
+    observations, rewards, actions, ended_at, uncertainty = [s], [], [], [], []
     unit = torch.from_numpy(log.action_unit).to(device)
     value = [values.v(s)]
     alive = torch.ones(len(s), dtype=torch.bool, device=device)
@@ -72,18 +71,17 @@ def imagine_shard(
         generator = block_generator(seed, _STREAM, spec.shard * 10_000 + k)
         if replay:
             at = np.minimum(spec.index + k, log.episode_end[spec.index])
-            action = wanted = torch.from_numpy(t.action[at]).to(device)
+            action = torch.from_numpy(t.action[at]).to(device)
         elif actor is not None:
-            action, wanted = actor.walk(s), actor.act(s)
+            action = actor.act(s)
         else:
             found = plan(s, dynamics, values, planner, discount=log.discount, generator=generator, action_unit=unit)
-            action = wanted = found.action
+            action = found.action
         following, reward, ended, gaussians = dynamics.step_together(s, action)
         ends = alive & (ended > 0.5)
         s = torch.where(alive[:, None], following, s)
         observations.append(s)
         actions.append(action)
-        imitated.append(wanted)
         rewards.append(torch.where(alive, reward, 0.0))
         ended_at.append(ends)
         uncertainty.append(torch.where(alive, ensemble_uncertainty(*gaussians, imagine.uncertainty), 0.0))
@@ -102,7 +100,7 @@ def imagine_shard(
         control=spec.control,
         observation=column(observations),
         action=column(actions),
-        imitated=column(imitated),
+        imitated=column(actions),
         reward=column(rewards),
         terminal=column(ended_at),
         uncertainty=column(uncertainty),

@@ -214,7 +214,7 @@ def test_each_group_is_drawn_from_its_own_members_and_none_that_cannot_be_reache
 
 
 ACTOR = ("planner.kind=actor", "actor.reaches=[0.2]", "actor.rounds=1", "actor.starts=20", "actor.length=5",
-         "actor.value_updates=4", "actor.updates=4", "actor.student_updates=4")  # fmt: skip
+         "actor.value_updates=4", "actor.updates=4", "correct.walks=4", "correct.length=6")  # fmt: skip
 
 
 @pytest.mark.usefixtures("one_process")

@@ -103,7 +103,7 @@ def test_a_plan_is_spliced_onto_its_real_past():
     assert batch.valid.all()
 
 
-def test_a_policy_sees_what_a_student_did_and_imitates_what_its_actor_would_do():
+def test_a_policy_sees_what_it_did_and_imitates_what_its_actor_would_have_done():
     walked = imagined([4], 5)
     wanted = replace(walked, imitated=walked.action + 7.0)
     w = windows(wanted, [5])

@@ -12,7 +12,7 @@ from method_fixtures import Line, log_of
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Log
-from ipd_ray.evaluate.choose import behind_the_best, first_as_good, first_observations, imagined_returns
+from ipd_ray.evaluate.choose import behind_the_best, first_as_good, imagined_returns
 from ipd_ray.world_model.uncertainty import Trust
 
 
@@ -50,7 +50,8 @@ def play(
 
 
 def test_first_observations_are_those_of_the_episodes():
-    assert first_observations(line_log(), 4)[:, 0].tolist() == pytest.approx([0.0, 0.0, 0.1, 0.1])
+    log = line_log()
+    assert log.transitions.observation[log.first_steps(4), 0].tolist() == pytest.approx([0.0, 0.0, 0.1, 0.1])
 
 
 def test_returns_by_hand():

@@ -14,7 +14,7 @@ from torch import Tensor
 from ipd_ray.artifacts import Workspace
 from ipd_ray.config import ActorConfig, ChooseConfig, ImagineConfig, PlannerConfig, ValuesConfig
 from ipd_ray.evaluate.choose import imagined_returns
-from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor, with_students
+from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard
 from ipd_ray.steps import _Memoryless
 from ipd_ray.values.fit import frozen
@@ -30,7 +30,7 @@ SMALL = ActorConfig(
     updates=60,
     batch_size=64,
     learning_rate=3e-3,
-    ema=0.95, reaches=(0.4,), students=2, student_updates=400,
+    ema=0.95, reaches=(0.4,),
 )
 PLANNER = PlannerConfig(kind="actor", horizon=3)
 REACH = SMALL.reaches[0]
@@ -98,7 +98,8 @@ def test_reach_and_noise_are_in_units_of_what_the_log_does():
     s = torch.tensor([[-0.8], [0.9]])
     assert 0.0 < learner.actor.act(s).abs().max() <= REACH * unit + 1e-6
     generator = torch.Generator().manual_seed(0)
-    moved = learner._rollouts.walk(torch.zeros_like, torch.zeros(200, 1), 1, generator).observations[1][1::2]
+    still = learner._rollouts.walk(lambda s, _: torch.zeros_like(s), torch.zeros(200, 1), 1, generator)
+    moved = still.observations[1][1::2]
     assert float(moved.std()) == pytest.approx(SMALL.noise_std * unit, rel=0.25)
 
 
@@ -156,41 +157,6 @@ def test_the_largest_reach_is_kept_where_it_gains_nearly_the_most(returns: dict[
     assert found[best_reach(found)]["reach"] == kept
 
 
-def test_students_do_what_the_actor_does_and_walk_in_turn_with_it():
-    world = Line(lambda s, s2: 1.0 - (s2 - 0.3).abs())
-    learner = trainer(world)
-    for step in range(SMALL.rounds):
-        learner.update(step)
-    told: list[tuple[int, float]] = []
-    actor = with_students(learner.best, rollouts(world), lambda done, error: told.append((done, error)))
-    assert [done for done, _ in told] == [1, 2]
-    s = torch.linspace(-0.9, 0.9, 30)[:, None]
-    wanted, walked = actor.act(s), actor.walk(s)
-    assert torch.equal(walked[::3], wanted[::3])  # row 0 is the actor's, 1 and 2 are its students'
-    for student in (1, 2):
-        assert not torch.equal(walked[student::3], wanted[student::3])
-        error = (walked[student::3] - wanted[student::3]).square().mean()
-        assert error < 0.25 * wanted.var(), student  # a constant misses all of the variance
-
-
-def test_where_students_walk_what_the_actor_would_do_is_imitated():
-    class Crab(Actor):
-        def act(self, observation: Tensor) -> Tensor:
-            return torch.full_like(observation, 0.1)
-
-        def walk(self, observation: Tensor) -> Tensor:
-            return torch.full_like(observation, -0.2)
-
-    crab = Crab(1, 1, width=2, layers=1, reach=0.1)
-    segments = imagine_shard(
-        ShardSpec(0, np.array([20]), np.zeros(1, bool)), LOG, Line(lambda s, s2: s2), values_of(LOG), PLANNER,
-        ImagineConfig(length=3), seed=0, device="cpu", actor=crab,
-    )  # fmt: skip
-    assert segments.imitated[0, :, 0] == pytest.approx([0.1, 0.1, 0.1])
-    assert segments.action[0, :, 0] == pytest.approx([-0.2, -0.2, -0.2])
-    assert segments.observation[0, :, 0] == pytest.approx([0.0, -0.2, -0.4, -0.6], abs=1e-6)
-
-
 def test_it_does_better_in_the_learned_world_than_the_behaviour_policy():
     learned = learned_pendulum()
     config = SMALL.model_copy(
@@ -226,8 +192,7 @@ def test_a_training_that_was_cut_off_comes_to_the_same_bits(tmp_path: Path):
 
 def test_what_it_leaves_is_read_back_and_imagines(tmp_path: Path):
     world = Line(lambda s, s2: s2)
-    learned = learn_actor(trainer(world), SMALL.rounds, Workspace(tmp_path))
-    actor = with_students(learned, rollouts(world), lambda done, error: None)
+    actor = learn_actor(trainer(world), SMALL.rounds, Workspace(tmp_path))
     again = load_actor(actor.state_dict(), {"actor": actor.sizes}, "cpu")
     spec = ShardSpec(0, np.array([3, 50]), np.zeros(2, bool))
     segments = imagine_shard(
