@@ -94,7 +94,6 @@ def test_a_change_makes_anew_what_stands_on_it_and_nothing_else(word: str, chang
         ("actor.rounds=3", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
         ("choose.known=0.9", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
         ("accept.range_margin=0.5", {*REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
-        ("actor.reaches=[0.3]", {"reach:0.075", "reach:0.15", "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
         ("world_model.width=8", {"world_model", *REACHES, "actor", "imagine", *CORRECTED, "choose", "evaluate"}),
         ("imagine.length=20", {"imagine", *CORRECTED, "choose", "evaluate"}),
         ("accept.margin=0.5", {*CORRECTED, "choose", "evaluate"}),

@@ -28,7 +28,7 @@ from ipd_ray.values.fit import evaluate_in_chunks, frozen
 from ipd_ray.values.networks import ValueFunctions
 from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
-VERSION = 3
+VERSION = 4
 """Of an actor of one reach."""
 TAKEN_VERSION = 7
 """Of the one that is taken."""

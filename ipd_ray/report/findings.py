@@ -33,7 +33,7 @@ class Finding:
 
 def findings(view: View) -> list[Finding]:
     """All findings of a run, in the order of the method, warnings first."""
-    steps = (_scores, _values, _world_model, _actor, _imagination, _distillation, _choice)
+    steps = (_scores, _values, _world_model, _actor, _imagination, _corrections, _distillation, _choice)
     found = [finding for step in steps for finding in step(view)]
     return sorted(found, key=lambda f: not f.warning)
 
@@ -253,6 +253,22 @@ def _actor(view: View) -> list[Finding]:
         end = "smallest" if reach == min(worth) else "largest" if reach == max(worth) else ""
         said += f"; {others}"
         said += f". It is the {end} one: actor.reaches may go on there" if end else ""
+    return [Finding(False, "curves", f"{said}.")]
+
+
+def _corrections(view: View) -> list[Finding]:
+    walks = sorted((name for name in view.links if name.startswith("walk:")), key=lambda n: int(n.partition(":")[2]))
+    errors = [e for name in walks if (e := number(view.diagnostics(name), "imitation_rmse")) is not None]
+    if not errors:
+        return []
+    ended, left = (100 * (number(view.diagnostics(walks[-1]), name) or 0.0) for name in ("ended", "left"))
+    said = (
+        "Where drafts of the policy walked inside the world model, they were "
+        f"{' and then '.join(map(readable, errors))} from what their actor would have done there (root mean square, of "
+        f"actions in [-1, 1]); of the last one's walks {ended:.0f} % ended and {left:.0f} % left what is known"
+    )
+    if len(errors) > 1 and errors[-1] >= errors[0]:
+        return [Finding(True, "curves", f"{said}. They do not come closer: raise correct.updates or policy.width.")]
     return [Finding(False, "curves", f"{said}.")]
 
 

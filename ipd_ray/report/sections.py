@@ -39,7 +39,7 @@ class Section:
 
 def _curve_section(view: View) -> str:
     panels = []
-    for part in ("values", "world_model", "actor", "imagine", "fitted_q"):
+    for part in ("values", "world_model", "imagine", "fitted_q"):
         rows = view.curves.get(part, [])
         positive: dict[str, Any] = {}
         signed: dict[str, Any] = {}
@@ -63,7 +63,8 @@ def _curve_section(view: View) -> str:
             for part in parts:
                 series, which = _series(view.curves[part], name), part.partition(":")[2]
                 if series[0]:
-                    lines[f"reach {which}" if step == "reach" else VARIANTS.get(which or "policy", part)] = series
+                    named = VARIANTS.get(which or "policy", which.replace("-", " "))
+                    lines[f"reach {which}" if step == "reach" else named] = series
             drawn = figures.curves(lines, x=across, y="", alt=f"Learning curves of {title}: {name}")
             panels.append(panel(f"{title}: {escape(name)}", drawn))
     said = [
@@ -112,7 +113,8 @@ def _returns_section(view: View) -> str:
             panel(
                 "Score along distillation",
                 figures.curves(lines, x="updates", y="return", alt="Return of the policies kept along the way"),
-                "The same episodes for each. Picking the best of them by these scores flatters.",
+                "The same episodes for each; updates of a policy that was corrected count from its last draft. Picking "
+                "the best of them by these scores flatters.",
             )
         )
     candidates = view.diagnostics("choose").get("candidates") or []

@@ -283,6 +283,21 @@ def test_what_an_actor_came_to_is_said(tmp_path, monkeypatch, diagnostics, warni
     assert [f.warning for f in found if said in f.text] == [warning]
 
 
+@pytest.mark.parametrize(
+    ("errors", "warning", "said"),
+    [
+        ((0.124, 0.045), False, "they were 0.124 and then 0.045 from what their actor would have done there"),
+        ((0.124, 0.2), True, "They do not come closer: raise correct.updates"),
+        ((0.124,), False, "11 % ended and 5 % left what is known."),
+    ],
+)
+def test_how_far_drafts_were_from_their_actor_is_said(tmp_path, monkeypatch, errors, warning, said):
+    for k, error in enumerate(errors, 1):
+        monkeypatch.setitem(HEALTHY, f"walk:{k}", {"imitation_rmse": error, "ended": 0.11, "left": 0.05})
+    found = findings(open_views([write_run(tmp_path / "run")])[0])
+    assert [f.warning for f in found if said in f.text] == [warning]
+
+
 def test_the_bounds_at_which_episodes_end_are_on_the_page(tmp_path):
     ends = {"below": {"0": 0.7, "1": -0.2}, "above": {"1": 0.2}, "within": 0.25}
     run = write_run(tmp_path / "run", changes={"world_model": {"ends": ends}})
