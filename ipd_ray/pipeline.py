@@ -469,8 +469,7 @@ def distill_job(
     """A distillation of a run. section: of one of its variants, or of a correction; begin: the policy to go on from."""
     return DistillJob(
         work, place, log, values, world_model, imagination, tuple(corrections), begin, config.planner.kind == "actor",
-        config.imagine.uncertainty, config.select.regret_share, config.imagine.length, config.accept, config.policy,
-        section, config.seed,
+        config.imagine.uncertainty, config.select.regret_share, config.accept, config.policy, section, config.seed,
     )
 
 

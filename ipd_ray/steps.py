@@ -32,7 +32,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import fetch_columns
 from ipd_ray.data.shards import Segments, concatenate, manifest_digest, read_entries, read_shard, write_shard
-from ipd_ray.data.transitions import Floats, Log, Spec, prepare
+from ipd_ray.data.transitions import Bools, Floats, Ints, Log, Spec, prepare
 from ipd_ray.distill.fit import (
     Corpus,
     DistillTrainer,
@@ -51,7 +51,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.choose import first_as_good, imagined_returns
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.evaluate.fitted_q import fit_q
-from ipd_ray.imagine.accept import Accepted, accept, kappa, summarise
+from ipd_ray.imagine.accept import Accepted, accept, accept_walks, kappa, summarise
 from ipd_ray.imagine.actor import Actor, ActorTrainer, Rollouts, best_reach, learn_actor, load_actor
 from ipd_ray.imagine.rollout import ShardSpec, imagine_shard, segment_length, shard_specs
 from ipd_ray.imagine.select import select_starts
@@ -388,8 +388,6 @@ class DistillJob:
     """What is imitated is what one actor does: each imagined step counts alike, whatever came of it."""
     uncertainty: str
     regret_share: float
-    length: int
-    """Of imagined segments."""
     accept: AcceptConfig
     policy: PolicyConfig
     distill: DistillConfig
@@ -401,18 +399,18 @@ class DistillJob:
         values = values_of(self.values, device)
         v, _ = logged_values(self.values, self.log, device)
         segments, verdict, imagined = self.imagined(log)
-        segments, verdict = self._with_corrections(segments, verdict)
+        segments, accepted, lengths = self._with_corrections(segments, verdict)
         lam, temperature = self.distill.advantage_lambda, self.distill.data_temperature
         of_log = generalised_advantage(log, v, value_at_ends(log, values.v, device), lam)
-        of_plans = imagined_advantage(segments, verdict.length, log.discount, lam)
+        of_plans = imagined_advantage(segments, lengths, log.discount, lam)
         plan_weight = advantage_weight(of_plans, of_log, temperature)
         material = Material(
             log,
             segments,
-            verdict.accepted,
-            verdict.length,
+            accepted,
+            lengths,
             float(verdict.passed.mean()) if len(verdict.passed) else 0.0,
-            self._prompts(log, segments, verdict),
+            self._prompts(log, segments, lengths),
             advantage_weight(of_log, of_log, temperature),
             np.ones_like(plan_weight) if self.of_actor else plan_weight,
             critic_spread(values, log.transitions.observation, log.action_unit, device),
@@ -446,27 +444,23 @@ class DistillJob:
         t = log.transitions
         if self.imagination is None or self.world_model is None:
             return Segments.none(t.observation_dim, t.spec.action_dim), Accepted.nothing(), {}
-        segments, gate = read_segments(self.imagination), self._gate(self.accept)
+        segments = read_segments(self.imagination)
+        gate = gate_of(
+            self.accept, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
+            regret_share=self.regret_share, length=segments.length, device=self.place.device,
+        )
         verdict = gate.accept(segments, self.log)
         summary = summarise(segments, verdict, log)
         u = holdout_uncertainty(self.world_model, self.uncertainty)
         summary["kappa"], summary["kappa_step_quantile"] = gate.threshold, float((u <= gate.threshold).mean())
         return segments, verdict, summary
 
-    def _gate(self, config: AcceptConfig) -> Gate:
-        assert self.world_model is not None  # something is imagined
-        return gate_of(
-            config, self.log, self.values, self.world_model, uncertainty=self.uncertainty,
-            regret_share=self.regret_share, length=self.length, device=self.place.device,
-        )
-
-    def _with_corrections(self, segments: Segments, verdict: Accepted) -> tuple[Segments, Accepted]:
-        """Add the walks of policies before this one, which have nothing to beat: what counts is what the actor says."""
-        if not self.corrections:
-            return segments, verdict
+    def _with_corrections(self, segments: Segments, verdict: Accepted) -> tuple[Segments, Bools, Ints]:
+        """Return planned segments and the walks of policies before this one, which of them count, and how far."""
         walks = [read_segments(path) for path in self.corrections]
-        gate = self._gate(self.accept.model_copy(update={"margin": None}))
-        return concatenate([segments, *walks]), Accepted.all_of([verdict, *(gate.accept(w, self.log) for w in walks)])
+        counted = [(verdict.accepted, verdict.length), *(accept_walks(walked, self.accept) for walked in walks)]
+        accepted, lengths = (np.concatenate(column) for column in zip(*counted, strict=True))
+        return concatenate([segments, *walks]), accepted, lengths
 
     def accepted_segments(self) -> list[dict[str, Any]]:
         """Return what counts of the imagined segments, cut, rewards raw again: the form that `export_minari` takes."""
@@ -485,13 +479,13 @@ class DistillJob:
             )
         return out
 
-    def _prompts(self, log: Log, segments: Segments, verdict: Accepted) -> Prompts:
+    def _prompts(self, log: Log, segments: Segments, lengths: Ints) -> Prompts:
         scheme = self.distill.prompt
         v, returns = logged_values(self.values, self.log, self.place.device)
         if scheme == "outcome":
-            return Prompts(returns, imagined_outcome(segments, verdict.length, log.discount))
+            return Prompts(returns, imagined_outcome(segments, lengths, log.discount))
         if scheme == "fixed":
-            return Prompts(raw_return_to_go(log), raw_outcome(log, segments, verdict.length))
+            return Prompts(raw_return_to_go(log), raw_outcome(log, segments, lengths))
         if scheme == "none":
             return Prompts(np.zeros(len(log.transitions), np.float32), np.zeros_like(segments.reward))
         return Prompts(v, segments.value[:, :-1])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,6 @@ class Accepted:
         """The verdict on no segment."""
         none, no = np.zeros(0, np.float32), np.zeros(0, bool)
         return cls(no, no, np.zeros(0, np.int64), none, none, {})
-
-    @classmethod
-    def all_of(cls, verdicts: Sequence[Accepted]) -> Accepted:
-        """The verdict on all segments of several, with the reasons of the first."""
-        columns = [f.name for f in fields(cls) if f.name != "reasons"]
-        every = {name: np.concatenate([getattr(v, name) for v in verdicts]) for name in columns}
-        return cls(**every, reasons=verdicts[0].reasons)
 
 
 def widened(low: Any, high: Any, margin: float) -> tuple[Any, Any]:
@@ -103,9 +95,9 @@ def accept(
     in_range = ((following >= low) & (following <= high)).all(-1)
     in_range &= (segments.reward >= reward_low) & (segments.reward <= reward_high)
     certain = segments.uncertainty <= threshold
-    ended_before = np.cumsum(segments.terminal, 1) - segments.terminal > 0
+    ended_before = _ended_before(segments)
     usable = certain & in_range & ~ended_before
-    length = np.where(usable.all(1), L, np.argmin(usable, 1))
+    length = _until(usable)
     imagined = value_of(segments.reward, segments.terminal, segments.value, length, discount)
     own = value_of(
         segments.own_reward,
@@ -117,9 +109,8 @@ def accept(
     bar = -np.inf if config.margin is None else config.margin * value_std
     long_enough = length >= min(config.min_length, L)
     beats_own, beats_value = imagined > own + bar, imagined > segments.value[:, 0] + bar
-    passed = accepted = long_enough & beats_own & beats_value
-    if config.share < 1.0:  # a smaller share is a part of a larger one
-        accepted = passed & (np.random.default_rng(_SHARE_STREAM).random(S) < config.share)
+    passed = long_enough & beats_own & beats_value
+    accepted = passed & _drawn(S, config.share)
     reasons = (
         {
             "too_short": float((~long_enough).mean()),
@@ -132,6 +123,31 @@ def accept(
         else {}
     )
     return Accepted(passed, accepted, length.astype(np.int64), imagined, own, reasons)
+
+
+def accept_walks(walks: Segments, config: AcceptConfig) -> tuple[Bools, Ints]:
+    """Return which walks of a policy count, (S,), and how many steps of each, (S,): those within what is known.
+
+    kappa cuts no walk: not what came of it is learned, but what an actor would do there, and far on it matters most.
+    """
+    length = _until(np.isfinite(walks.uncertainty) & ~_ended_before(walks))
+    counts: Bools = (length >= min(config.min_length, walks.length)) & _drawn(len(walks), config.share)
+    return counts, length.astype(np.int64)
+
+
+def _ended_before(segments: Segments) -> Bools:
+    return np.cumsum(segments.terminal, 1) - segments.terminal > 0
+
+
+def _until(usable: Bools) -> Ints:
+    """(S,) steps before the first that is not usable."""
+    return np.where(usable.all(1), usable.shape[1], np.argmin(usable, 1))
+
+
+def _drawn(count: int, share: float) -> Bools:
+    """(S,) a random part; a smaller share is a part of a larger one."""
+    out: Bools = np.random.default_rng(_SHARE_STREAM).random(count) < share
+    return out
 
 
 def value_of(reward: Floats, terminal: Bools, value: Floats, length: Ints, discount: float) -> Floats:

@@ -10,8 +10,9 @@ import torch
 from method_fixtures import Line, log_of
 from torch import Tensor
 
-from ipd_ray.config import ActorConfig, CorrectConfig, ValuesConfig
+from ipd_ray.config import AcceptConfig, ActorConfig, CorrectConfig, ValuesConfig
 from ipd_ray.data.shards import Segments
+from ipd_ray.imagine.accept import accept_walks
 from ipd_ray.imagine.actor import Actor, Rollouts
 from ipd_ray.imagine.walk import walk
 from ipd_ray.values.fit import frozen
@@ -94,3 +95,14 @@ def test_the_policy_is_told_what_it_earned_in_the_log_s_own_units():
     walked(policy)
     assert policy.rewards[0] is None
     assert policy.rewards[1] * LOG.reward_scale == pytest.approx([0.02, 0.02, 0.52, 0.52], abs=1e-6)
+
+
+def test_of_a_walk_what_is_known_counts_and_its_end_belongs_to_it():
+    # From 0 and from 0.5 by 0.3 a step: 0.9 is known, 1.1 is not; then an end beyond 0.65.
+    segments, _ = walked(Steady(0.3))
+    for least, counts in ((1, [True] * 4), (2, [True, True, False, False])):
+        accepted, lengths = accept_walks(segments, AcceptConfig(min_length=least, threshold=1e-9))
+        assert lengths.tolist() == [3, 3, 1, 1] and accepted.tolist() == counts
+    ending, _ = walked(Steady(0.1), world=Line(lambda s, s2: s2, ended=lambda s: (s > 0.65).float()))
+    assert accept_walks(ending, AcceptConfig())[1].tolist() == [3, 3, 2, 2]
+    assert not accept_walks(segments, AcceptConfig(min_length=1, share=0.0))[0].any()
