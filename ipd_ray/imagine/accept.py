@@ -131,12 +131,13 @@ def accept_walks(walks: Segments, config: AcceptConfig) -> tuple[Bools, Ints]:
     kappa cuts no walk: not what came of it is learned, but what an actor would do there, and far on it matters most.
     """
     length = _until(np.isfinite(walks.uncertainty) & ~_ended_before(walks))
-    counts: Bools = (length >= min(config.min_length, walks.length)) & _drawn(len(walks), config.share)
-    return counts, length.astype(np.int64)
+    long_enough = length >= min(config.min_length, walks.length)
+    return long_enough & _drawn(len(walks), config.share), length.astype(np.int64)
 
 
 def _ended_before(segments: Segments) -> Bools:
-    return np.cumsum(segments.terminal, 1) - segments.terminal > 0
+    ends: Ints = np.cumsum(segments.terminal, 1) - segments.terminal
+    return ends > 0
 
 
 def _until(usable: Bools) -> Ints:
