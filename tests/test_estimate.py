@@ -23,6 +23,7 @@ def config(**changes: object) -> RunConfig:
 
 def test_the_corpus_is_as_large_as_what_one_worker_holds():
     # 30 plans of 10 steps, each behind 4 real ones: 420 positions beside the log's 1000 and the 4 behind each episode.
+    # Five numbers each; of a plan, what is to be imitated too.
     c, log, numbers = config(), counting_log([100] * 10), np.ones((30, 10), np.float32)
     plans = segments_of([30 * i + 20 for i in range(30)], 10, log)
     one = np.ones(1000, np.float32)
@@ -31,7 +32,7 @@ def test_the_corpus_is_as_large_as_what_one_worker_holds():
     )
     held = Windows(columns, mixture, batch_size=8, context=5, seed=0, device="cpu").bytes
     sizes = Sizes.of(log.transitions, 0.1)
-    assert _corpus_bytes(c, sizes) == 1460 * 5 * 4 == pytest.approx(held, rel=0.05)  # and where its windows end
+    assert _corpus_bytes(c, sizes) == (1460 * 5 + 420) * 4 == pytest.approx(held, rel=0.05)  # and where its windows end
 
 
 def test_a_distillation_worker_needs_less_the_more_there_are():

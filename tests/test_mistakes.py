@@ -209,7 +209,7 @@ def test_a_run_that_may_not_fit_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
     for words, large in ((small, False), ([*small, "actor.starts=10000000"], True)):
         config = load(overrides=words)
         notes = " ".join(plan(LOG, config, run_dir="runs/mine")["remarks"])
-        assert (said in notes) == ("reach may need" in notes) == large
+        assert (said in notes) == ("reach:0.1 may need" in notes) == large
         run(LOG, config, run_dir="runs/mine")
         assert (said in Path("runs/mine/run.log").read_text()) == large
 
