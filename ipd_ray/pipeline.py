@@ -468,8 +468,9 @@ def distill_job(
 ) -> DistillJob:  # fmt: skip
     """A distillation of a run. section: of one of its variants, or of a correction; begin: the policy to go on from."""
     return DistillJob(
-        work, place, log, values, world_model, imagination, tuple(corrections), begin, config.planner.kind == "actor",
-        config.imagine.uncertainty, config.select.regret_share, config.accept, config.policy, section, config.seed,
+        work, place, log, values, world_model, imagination, config.imagine.uncertainty, config.select.regret_share,
+        config.accept, config.policy, section, config.seed, of_actor=config.planner.kind == "actor",
+        corrections=tuple(corrections), begin=begin,
     )
 
 

@@ -6,7 +6,7 @@ Every function here takes picklable arguments and paths, and may run in any proc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -380,18 +380,18 @@ class DistillJob:
     world_model: str | None
     """None with `imagination`, where nothing imagined is distilled."""
     imagination: str | None
-    corrections: tuple[str, ...]
-    """Artifacts of the walks of policies before this one, whose actor is imitated."""
-    begin: str | None
-    """Artifact of the policy to go on from."""
-    of_actor: bool
-    """What is imitated is what one actor does: each imagined step counts alike, whatever came of it."""
     uncertainty: str
     regret_share: float
     accept: AcceptConfig
     policy: PolicyConfig
     distill: DistillConfig
     seed: int
+    of_actor: bool = field(default=False, kw_only=True)
+    """What is imitated is what one actor does: each imagined step counts alike, whatever came of it."""
+    corrections: tuple[str, ...] = field(default=(), kw_only=True)
+    """Artifacts of the walks of policies before this one."""
+    begin: str | None = field(default=None, kw_only=True)
+    """Artifact of the policy to go on from."""
 
     def prepare(self) -> Corpus:
         """Return what is distilled, ready for any number of workers. The one part that needs all of the data."""

@@ -41,6 +41,7 @@ def test_comparison_sees_a_changed_shard():
     assert drill.compare({"shards": ["a", "c"], "policy": "p"}, wanted) == {"shards": False, "policy": True}
 
 
+@pytest.mark.slow
 def test_actor_node_and_driver_lost_during_imagination_leave_the_same_shards(nodes: Nodes, root: Path):
     found = drill.round_(nodes, root, 1, "imagine", SHORT)
     assert found["same"] == {"dataset": True, "shards": True}

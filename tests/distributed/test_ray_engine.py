@@ -86,7 +86,8 @@ def test_an_actor_and_what_it_imagines_are_the_same_whoever_makes_them(
     write_log(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     small = ["planner.kind=actor", "actor.reaches=[0.2, 0.1]", "actor.rounds=2", "actor.starts=20", "actor.length=5",
-             "actor.value_updates=4", "actor.updates=4", "correct.walks=4", "correct.length=6"]  # fmt: skip
+             "actor.value_updates=4", "actor.updates=4", "correct.walks=4", "correct.length=6",
+             "correct.rounds=1", "choose.without_imagination=false"]  # fmt: skip
     run(LOG, load(overrides=[*SETTINGS, *small]), run_dir=tmp_path / "local" / "run", until="world_model")
     shutil.copytree(tmp_path / "local" / "store", tmp_path / "ray" / "store")
     engines = {"ray": ["runtime.engine=ray", f"runtime.address={ray_cluster}", "runtime.actors=1"], "local": []}
