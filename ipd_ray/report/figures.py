@@ -9,6 +9,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -397,7 +398,10 @@ def bundle(
 
 
 def _colours(names: Iterable[str]) -> list[str]:
-    return [_KNOWN.get(name, CYCLE[i % len(CYCLE)]) for i, name in enumerate(names)]
+    every = list(names)
+    free = [c for c in CYCLE if c not in {_KNOWN.get(name) for name in every}] or CYCLE
+    unknown = cycle(free)
+    return [_KNOWN.get(name) or next(unknown) for name in every]
 
 
 def _labels(ax: Axes, x: str, y: str) -> None:

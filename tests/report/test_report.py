@@ -298,6 +298,13 @@ def test_how_far_drafts_were_from_their_actor_is_said(tmp_path, monkeypatch, err
     assert [f.warning for f in found if said in f.text] == [warning]
 
 
+def test_no_line_has_the_colour_of_what_has_one_of_its_own():
+    names = ["draft 1", "policy", "no imagination", "draft 2"]
+    of = dict(zip(names, figures._colours(names), strict=True))
+    assert (of["policy"], of["no imagination"]) == (figures.BLUE, figures.GREEN)
+    assert len(set(of.values())) == 4
+
+
 def test_the_bounds_at_which_episodes_end_are_on_the_page(tmp_path):
     ends = {"below": {"0": 0.7, "1": -0.2}, "above": {"1": 0.2}, "within": 0.25}
     run = write_run(tmp_path / "run", changes={"world_model": {"ends": ends}})
