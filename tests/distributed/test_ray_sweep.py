@@ -209,6 +209,7 @@ def test_a_failed_trial_stops_no_other_and_is_tried_again(done: tuple[Path, dict
     assert "Failed trials" in page and "the motor is gone" in page
 
 
+@pytest.mark.slow
 def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(done: tuple[Path, dict[str, Any]], tmp_path: Path):
     """A later trial that is worse than the first at a quarter of its updates goes no further: here the one that learns,
     since the log is of random torques and doing nothing is better."""
