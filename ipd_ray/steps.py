@@ -402,8 +402,10 @@ class DistillJob:
         segments, accepted, lengths = self._with_corrections(segments, verdict)
         lam, temperature = self.distill.advantage_lambda, self.distill.data_temperature
         of_log = generalised_advantage(log, v, value_at_ends(log, values.v, device), lam)
-        of_plans = imagined_advantage(segments, lengths, log.discount, lam)
-        plan_weight = advantage_weight(of_plans, of_log, temperature)
+        plan_weight = np.ones_like(segments.reward)
+        if not self.of_actor:
+            of_plans = imagined_advantage(segments, lengths, log.discount, lam)
+            plan_weight = advantage_weight(of_plans, of_log, temperature)
         material = Material(
             log,
             segments,
@@ -412,7 +414,7 @@ class DistillJob:
             float(verdict.passed.mean()) if len(verdict.passed) else 0.0,
             self._prompts(log, segments, lengths),
             advantage_weight(of_log, of_log, temperature),
-            np.ones_like(plan_weight) if self.of_actor else plan_weight,
+            plan_weight,
             critic_spread(values, log.transitions.observation, log.action_unit, device),
         )
         return Corpus.of(material, self.policy, self.distill, {"imagined": imagined, "log": self._about(log)})

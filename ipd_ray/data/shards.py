@@ -103,6 +103,8 @@ class Segments:
 
 def concatenate(parts: Sequence[Segments]) -> Segments:
     """Return all segments as one. The last step of shorter ones is repeated, with an infinite U: it is cut off."""
+    if len(parts) == 1:
+        return parts[0]
     length = max(part.length for part in parts)
     columns = [part.padded(length).columns() for part in parts]
     return Segments(**{name: np.concatenate([c[name] for c in columns]) for name in columns[0]})

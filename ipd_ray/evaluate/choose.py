@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ipd_ray.config import ChooseConfig
 from ipd_ray.data.transitions import Floats, Log
 from ipd_ray.imagine.accept import widened
 from ipd_ray.imagine.planner import ImaginationDynamics
-from ipd_ray.imagine.walk import Player
+from ipd_ray.imagine.walk import Player, act_of
 from ipd_ray.layers import block_generator
 from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
@@ -65,11 +66,11 @@ def imagined_returns(
     poorest = min(0.0, float(np.quantile(log.reward, 0.01)))
     length = t.within_limit(config.length)
     noise_std = config.noise_std * torch.from_numpy(log.action_unit).to(device)
-    earned: Floats | None = None
+    reward: Tensor | None = None
     policy.reset()
     for k in range(length):
         generator = block_generator(seed, _STREAM, k)
-        action = torch.from_numpy(t.spec.rescale_action(policy.act_flat(s.cpu().numpy(), earned))).to(device)
+        action = act_of(policy, log, s, reward)
         noise = torch.randn(action.shape, generator=generator).to(device)
         action = (action + noise_std * noise).clamp(-1.0, 1.0)
         gaussians = dynamics.step_together(s, action)[3]
@@ -84,7 +85,6 @@ def imagined_returns(
         )
         reward = reward.reshape(N)[back]
         total += torch.where(alive, reward, 0.0)
-        earned = (reward / log.reward_scale).cpu().numpy()
         alive &= ended.reshape(N)[back] <= 0.5
         following = torch.minimum(torch.maximum(following.reshape(N, -1)[back], least), most)
         s = torch.where(alive[:, None], following, s)

@@ -93,14 +93,15 @@ def imagine_shard(
     def column(parts: list[Tensor]) -> np.ndarray:
         return torch.stack(parts, 1).cpu().numpy()
 
+    taken = column(actions)
     return Segments(
         index=spec.index,
         episode=t.episode[spec.index],
         timestep=t.timestep[spec.index],
         control=spec.control,
         observation=column(observations),
-        action=column(actions),
-        imitated=column(actions),
+        action=taken,
+        imitated=taken,
         reward=column(rewards),
         terminal=column(ended_at),
         uncertainty=column(uncertainty),

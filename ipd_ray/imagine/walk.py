@@ -6,6 +6,7 @@ it is where no plan has been. So it walks there, and learns what the actor would
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ipd_ray.config import CorrectConfig
 from ipd_ray.data.shards import Segments
-from ipd_ray.data.transitions import Floats
+from ipd_ray.data.transitions import Floats, Log
 from ipd_ray.imagine.actor import Actor, Rollouts
 from ipd_ray.imagine.rollout import own_steps
 from ipd_ray.layers import block_generator
@@ -31,6 +32,16 @@ class Player(Protocol):
     def act_flat(self, observation: Floats, reward: Any = None) -> Any: ...
 
 
+def act_of(player: Player, log: Log, s: Tensor, reward: Tensor | None) -> Tensor:
+    """Return what a player does in states (N, O): (N, A) in [-1, 1].
+
+    reward: transformed rewards (N,) of the step before, which it is told as raw ones; None at the first.
+    """
+    earned = None if reward is None else (reward / log.reward_scale).cpu().numpy()
+    action = log.transitions.spec.rescale_action(player.act_flat(s.cpu().numpy(), earned))
+    return torch.from_numpy(action).to(s.device)
+
+
 def walk(policy: Player, actor: Actor, rollouts: Rollouts, config: CorrectConfig) -> tuple[Segments, dict[str, float]]:
     """Return episodes of the policy inside the world model as segments, in which what the actor would do is to be
     imitated, and what there is to say of them.
@@ -39,15 +50,12 @@ def walk(policy: Player, actor: Actor, rollouts: Rollouts, config: CorrectConfig
     the actor's noise. U is infinite where a walk leaves what is known: there it is cut.
     """
     log, device = rollouts.log, rollouts.device
-    spec, length = log.transitions.spec, log.transitions.within_limit(config.length)
+    length = log.transitions.within_limit(config.length)
     index = log.first_steps(rollouts.rows(config.walks))
 
-    def act(s: Tensor, reward: Tensor | None) -> Tensor:
-        earned = None if reward is None else (reward / log.reward_scale).cpu().numpy()
-        return torch.from_numpy(spec.rescale_action(policy.act_flat(s.cpu().numpy(), earned))).to(device)
-
     policy.reset()
-    walked = rollouts.walk(act, rollouts.observation[index], length, block_generator(rollouts.seed, _STREAM, 0))
+    act, generator = partial(act_of, policy, log), block_generator(rollouts.seed, _STREAM, 0)
+    walked = rollouts.walk(act, rollouts.observation[index], length, generator)
     policy.reset()
     lives, left, ended = (torch.stack(x, 1) for x in (walked.lives, walked.left, walked.ended))
     observation, action = torch.stack(walked.observations, 1), torch.stack(walked.actions, 1)
