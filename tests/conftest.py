@@ -11,17 +11,18 @@ os.environ.update(
     MUJOCO_GL="disable", RAY_worker_niceness="0",  # beside other tests Ray's workers, nice by 15, would hardly run
 )
 
-import hashlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_runs import OneProcess, open_bucket
 
 import ipd_ray.api
+import ipd_ray.report
 from ipd_ray import testing
 from ipd_ray.artifacts import Store
 from ipd_ray.config import (
@@ -37,7 +38,7 @@ from ipd_ray.config import (
 )
 from ipd_ray.data.columns import write_columns
 from ipd_ray.data.transitions import Spec, Transitions
-from ipd_ray.engine import Task, distill_task
+from ipd_ray.engine import Task
 from ipd_ray.imagine.rollout import ShardSpec
 from ipd_ray.steps import (
     DistillJob,
@@ -57,10 +58,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jo
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In parallel (`pytest -n 2`), all that needs Ray goes to one process, which has the cluster; else a file does."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """In parallel (`pytest -n 2`), all that needs Ray goes to one process, which has the cluster; else a file does.
+
+    Not at `pytest_collection_modifyitems`: pytest-xdist reads the groups there, and would do so first.
+    """
+    item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
 
 
 def point_mass(episodes: int = 12, length: int = 40, seed: int = 0) -> Transitions:
@@ -153,39 +156,18 @@ def tiny_method(tmp_path_factory: pytest.TempPathFactory, tiny_log: LogRef) -> M
     return Method(tiny_log, values_path, model_path, commit("imagine"), specs, imagine, planner)
 
 
-class OneProcess:
-    """An engine that does its tasks here, one after the other: a worker would import torch first."""
-
-    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        self.map_shards(tasks, lambda *_: None, tick)
-
-    def map_shards(
-        self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
-    ) -> dict[int, str]:
-        for number, task in enumerate(tasks):
-            done(number, task.function(**task.arguments))
-            tick()
-        return {}
-
-    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
-        self.run_steps([distill_task(job)], tick)
-
-    def require_storage(self, places: Sequence[str]) -> None:
-        return
-
-    def crew(self) -> tuple[int, int]:
-        return 1, 0
-
-    def close(self) -> None:
-        return
-
-
 @pytest.fixture(scope="module")
 def one_process() -> Iterator[None]:
     """Runs of a module's tests in this process, where engines are not what they are about."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ipd_ray.api, "make_engine", lambda *_: OneProcess())
         yield
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave an empty page where reports are not what a test is about: its figures take seconds."""
+    monkeypatch.setattr(ipd_ray.report, "build_report", lambda runs, path: path.write_text(""))
 
 
 @pytest.fixture(scope="session")
@@ -200,12 +182,8 @@ def s3_server() -> Iterator[str]:
 def bucket(
     s3_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
 ) -> str:
-    """An empty bucket that this process and its children may use, and an empty mirror; its URI."""
-    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
-    credentials = testing.s3_bucket(s3_server, name)
-    for variable, value in {**credentials, "IPD_RAY_CACHE": str(tmp_path / "mirror")}.items():
-        monkeypatch.setenv(variable, value)
-    return f"s3://{name}"
+    """An empty bucket, and an empty mirror; its URI."""
+    return open_bucket(s3_server, request.node.nodeid, tmp_path / "mirror", monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,22 @@
-"""A log and settings so small that the whole method takes seconds: for tests of what surrounds it."""
+"""A log and settings so small that the whole method takes seconds, and where to run it."""
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
+import pytest
 
+from ipd_ray import testing
 from ipd_ray.data.export import episode_buffer, write_minari
+from ipd_ray.engine import Task, distill_task
+from ipd_ray.steps import DistillJob
 
 LOG = "test/pendulum-v0"
 SETTINGS = [
@@ -55,3 +62,38 @@ def ipd_ray(*words: str, cwd: Path, **env: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "ipd_ray.cli", *words], cwd=cwd, env={**os.environ, **env}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )
+
+
+class OneProcess:
+    """An engine that does its tasks here, one after the other: a worker would import torch first."""
+
+    def run_steps(self, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        self.map_shards(tasks, lambda *_: None, tick)
+
+    def map_shards(
+        self, tasks: Sequence[Task], done: Callable[[int, Any], None], tick: Callable[[], None]
+    ) -> dict[int, str]:
+        for number, task in enumerate(tasks):
+            done(number, task.function(**task.arguments))
+            tick()
+        return {}
+
+    def distill(self, job: DistillJob, tick: Callable[[], None]) -> None:
+        self.run_steps([distill_task(job)], tick)
+
+    def require_storage(self, places: Sequence[str]) -> None:
+        return
+
+    def crew(self) -> tuple[int, int]:
+        return 1, 0
+
+    def close(self) -> None:
+        return
+
+
+def open_bucket(server: str, name: str, mirror: Path, patch: pytest.MonkeyPatch) -> str:
+    """A bucket of that server that this process and its children may use, and where they mirror it; its URI."""
+    name = hashlib.sha256(name.encode()).hexdigest()[:12]
+    for variable, value in {**testing.s3_bucket(server, name), "IPD_RAY_CACHE": str(mirror)}.items():
+        patch.setenv(variable, value)
+    return f"s3://{name}"

@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _minari(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _minari(place: Path, without_report: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
 
 
@@ -90,6 +90,7 @@ def test_a_run_leaves_a_whole_folder(place: Path) -> None:
         assert Artifact(Path(link["path"])).described["key"] == link["key"]
     assert load(path=folder / "config.yaml") == settings("runtime.wandb=offline", "runtime.tensorboard=true")
     assert "imagine: done" in (folder / "run.log").read_text()
+    assert "Learning curves" in (folder / "report.html").read_text()
     assert not (folder / "lease.json").exists()
 
 

@@ -14,7 +14,7 @@ import torch
 from pretend_cuda import CUDA, SYNCS, pretend_cuda
 from small_runs import SETTINGS, write_log
 
-from ipd_ray import Policy, report, run
+from ipd_ray import Policy, run
 from ipd_ray.artifacts import Artifact, Workspace, numeric_platform
 from ipd_ray.checks import check_device
 from ipd_ray.config import RunConfig, load
@@ -84,7 +84,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, one_process: None) -> Any:
     write_log(path / "minari")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(path / "minari"))
-        patch.setattr(report, "build_report", lambda runs, path: None)
         yield path
 
 
@@ -95,7 +94,10 @@ def method(folder: Path, config: RunConfig) -> dict[str, str]:
     return {path.parent.name: Artifact(path.parent).digest for path in folder.parent.glob("store/*/*/artifact.json")}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("without_report")
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("actor", "gradient") else pytest.mark.slow) for name in METHODS
+])  # fmt: skip
 def test_a_run_on_cuda_that_was_cut_off_everywhere_equals_one_on_the_cpu(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL in each step, and started again, ends as one that was not."""
+"""A run killed with SIGKILL, and started again, ends as one that was not; an interrupt leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from small_runs import LOG, SETTINGS, ipd_ray, write_log
 
-from ipd_ray.api import plan
+from ipd_ray.api import plan, run
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import load
 
@@ -21,10 +20,6 @@ SLOW = [  # enough of every step to be killed in its middle
     *SETTINGS, "values.updates=600", "world_model.max_updates=300", "select.starts=60", "imagine.shard_size=2",
     "distill.updates=400", "evaluate.max_steps=200", "evaluate.episodes=6", "runtime.checkpoint_seconds=0.1",
 ]
-
-
-def _started(store: Path, pattern: str) -> Callable[[], bool]:
-    return lambda: any(store.glob(pattern))
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -43,13 +38,6 @@ def _start(place: Path, *words: str) -> subprocess.Popen[str]:
     return ipd_ray("run", LOG, *words, cwd=place, MINARI_DATASETS_PATH=str(place / "minari"))
 
 
-def _finish(place: Path, run: str) -> Path:
-    process = _start(place, *SLOW, "--run-dir", f"{run}/mine")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return place / run / "mine"
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kill")
@@ -57,38 +45,49 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_run_killed_in_each_step_ends_as_an_undisturbed_one(place: Path) -> None:
-    store = place / "killed" / "store"
-    moments = {  # the world model is trained beside the values
-        "values": _started(store, "values/*/checkpoint.safetensors"),
-        "imagine": _started(store, "imagine/*/shard-*.json"),
-        "distill": _started(store, "distill/*/checkpoint.safetensors"),
-        "evaluate": _started(store, "evaluate/*/lease.json"),
+@pytest.mark.usefixtures("one_process", "without_report")
+@pytest.mark.parametrize("steps", [
+    ("distill",),
+    pytest.param(("values", "imagine", "distill", "evaluate"), marks=pytest.mark.slow),
+], ids="-".join)  # fmt: skip
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
+    place: Path, steps: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "-".join(steps)
+    store = place / name / "store"
+    begun = {  # the world model is trained beside the values
+        "values": "values/*/checkpoint.safetensors", "imagine": "imagine/*/shard-*.json",
+        "distill": "distill/*/checkpoint.safetensors", "evaluate": "evaluate/*/lease.json",
     }
     killed_in = []
-    for step, begun in moments.items():
-        process = _start(place, *SLOW, "--run-dir", "killed/mine")
-        while process.poll() is None and not begun():
+    for step in steps:
+        process = _start(place, *SLOW, "--run-dir", f"{name}/mine")
+        while process.poll() is None and not any(store.glob(begun[step])):
             time.sleep(0.005)
         assert process.poll() is None, f"{step}: over before it could be killed: {process.communicate()[1]}"
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        if not any(p for p in store.glob(f"{step}/*/artifact.json")):
+        if not any(store.glob(f"{step}/*/artifact.json")):
             killed_in.append(step)
-    assert len(killed_in) >= 3, killed_in  # the shortest may have slipped through
-    killed, undisturbed = _finish(place, "killed"), _finish(place, "undisturbed")
-    assert _digests(killed) == _digests(undisturbed)
-    assert _curves(killed) == _curves(undisturbed)
+    assert len(killed_in) >= min(len(steps), 3), killed_in  # the shortest may have slipped through
+    process = _start(place, *SLOW, "--run-dir", f"{name}/mine")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
+    undisturbed = place / "undisturbed" / "mine"  # all of it in this process
+    run(LOG, load(overrides=SLOW), run_dir=undisturbed)
+    assert _digests(place / name / "mine") == _digests(undisturbed)
+    assert _curves(place / name / "mine") == _curves(undisturbed)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
     place: Path, number: signal.Signals, code: int
 ) -> None:
-    run = f"interrupted-{code}"
-    more = ["values.updates=1000000", "runtime.checkpoint_seconds=0.1", "--run-dir", f"{run}/mine"]
+    name = f"interrupted-{code}"
+    more = ["values.updates=1000000", "runtime.checkpoint_seconds=0.1", "--run-dir", f"{name}/mine"]
     process = _start(place, *SETTINGS, *more)
-    while not any((place / run / "store").glob("values/*/checkpoint.safetensors")):
+    while not any((place / name / "store").glob("values/*/checkpoint.safetensors")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.02)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -104,7 +103,7 @@ def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
-    assert not (place / run / "mine" / "lease.json").exists()
+    assert not (place / name / "mine" / "lease.json").exists()
 
 
 def test_shard_that_fails_three_times_is_set_aside_and_tried_again_by_the_next_run(

@@ -7,20 +7,21 @@ import os
 import shutil
 import signal
 import socketserver
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from small_runs import LOG, SETTINGS, ipd_ray, write_log
+from small_runs import LOG, SETTINGS, ipd_ray, open_bucket, write_log
+from typer.testing import CliRunner
 
 from ipd_ray import Policy, checks, run, storage
 from ipd_ray.api import job_of
 from ipd_ray.artifacts import Artifact, Store, Workspace
+from ipd_ray.cli import app
 from ipd_ray.config import load
 from ipd_ray.errors import UserError
 from ipd_ray.lease import Lease
@@ -33,12 +34,16 @@ KEY = "0123456789abcdef" * 4
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
-@pytest.fixture(autouse=True)
-def _minari(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def written_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.getbasetemp() / "storage-minari"
     if not root.exists():
         write_log(root)
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _minari(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(written_log(tmp_path_factory)))
 
 
 @pytest.fixture
@@ -254,12 +259,28 @@ def digests(place: str | Path) -> dict[str, str]:
     return {name: Artifact(link["path"]).digest for name, link in links.items()}
 
 
+@pytest.fixture(scope="module")
+def _made_there(s3_server: str, one_process: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(written_log(tmp_path_factory)))
+        place = open_bucket(s3_server, __name__, tmp_path_factory.mktemp("made") / "mirror", patch)
+        return run(LOG, load(overrides=SETTINGS), run_dir=f"{place}/runs/mine")
+
+
+@pytest.fixture
+def run_there(
+    _made_there: dict[str, Any], s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, dict[str, Any]]:
+    """A bucket in which another machine made the run `runs/mine`, and its summary."""
+    return open_bucket(s3_server, __name__, tmp_path / "mirror", monkeypatch), _made_there
+
+
 def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_serves_other_machines(
-    bucket: str, another_machine, tmp_path: Path
+    run_there: tuple[str, dict[str, Any]], another_machine, tmp_path: Path, without_report: None
 ):
+    bucket, remote = run_there
     config = load(overrides=SETTINGS)
     local = run(LOG, config, run_dir=tmp_path / "runs" / "mine")
-    remote = run(LOG, config, run_dir=f"{bucket}/runs/mine")
     assert digests(f"{bucket}/runs/mine") == digests(tmp_path / "runs" / "mine")
     assert remote["policy"] == local["policy"] and remote["run_dir"] == f"{bucket}/runs/mine"
     names = {"config.yaml", "run.json", "links.json", "metrics.jsonl", "run.log", "summary.json", "report.html"}
@@ -276,9 +297,10 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder_and_serves_other_machines(
     seen = np.zeros((2, 3), np.float32)
     policies = [Policy.load(place).act(seen) for place in (f"{bucket}/runs/mine", tmp_path / "runs" / "mine")]
     assert (policies[0] == policies[1]).all()
-    again = run(LOG, config, run_dir=f"{bucket}/runs/other")  # shares the store
+    shared = load(overrides=[*SETTINGS, f"runtime.store={bucket}/runs/store"])
+    again = run(LOG, shared, run_dir=f"{bucket}/others/mine")
     assert again["policy"] == local["policy"]
-    other_log = (Folder.of(f"{bucket}/runs/other").read_text("run.log") or "").splitlines()
+    other_log = (Folder.of(f"{bucket}/others/mine").read_text("run.log") or "").splitlines()
     assert sum("reused" in line for line in other_log) == 7 and not any("done in" in line for line in other_log)
 
 
@@ -294,27 +316,28 @@ def test_options_of_a_uri_reach_every_file(bucket: str, another_machine):
     assert all("?region" not in name for name in Folder.of(bucket).sizes())
 
 
-def say(*words: str, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ipd_ray.cli", *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def say(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
     return done.stdout
 
 
-def test_commands_read_what_lies_in_a_bucket(bucket: str, another_machine, tmp_path: Path):
-    run(LOG, load(overrides=SETTINGS), run_dir=f"{bucket}/runs/mine")
+def test_commands_read_what_lies_in_a_bucket(
+    run_there: tuple[str, dict[str, Any]], another_machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    bucket, _ = run_there
     run(LOG, load(overrides=[*SETTINGS, "seed=1"]), run_dir=f"{bucket}/runs/other", until="values")
     another_machine()
-    listed = json.loads(say("runs", "ls", "--runs-dir", f"{bucket}/runs", "--json", cwd=tmp_path))
+    listed = json.loads(say("runs", "ls", "--runs-dir", f"{bucket}/runs", "--json"))
     assert [row["run"] for row in listed] == [f"{bucket}/runs/mine", f"{bucket}/runs/other"]
-    assert "seed" in say("runs", "diff", "mine", "other", "--runs-dir", f"{bucket}/runs", cwd=tmp_path)
-    written = say("report", f"{bucket}/runs/mine", "-o", "page.html", cwd=tmp_path)
+    assert "seed" in say("runs", "diff", "mine", "other", "--runs-dir", f"{bucket}/runs")
+    written = say("report", f"{bucket}/runs/mine", "-o", "page.html")
     assert "page.html" in written and "accept rate" in (tmp_path / "page.html").read_text().lower()
-    used = json.loads(say("store", "ls", "--runs-dir", f"{bucket}/runs", "--json", cwd=tmp_path))
+    used = json.loads(say("store", "ls", "--runs-dir", f"{bucket}/runs", "--json"))
     assert {item["state"] for item in used} == {"done"} and all(item["runs"] for item in used)
-    say("runs", "rm", f"{bucket}/runs/other", "--yes", cwd=tmp_path)
-    freed = say("store", "prune", "--runs-dir", f"{bucket}/runs", "--yes", cwd=tmp_path)
+    say("runs", "rm", f"{bucket}/runs/other", "--yes")
+    freed = say("store", "prune", "--runs-dir", f"{bucket}/runs", "--yes")
     assert freed.count("values") == 1 and "freed" in freed
     assert set(digests(f"{bucket}/runs/mine")) >= {"values", "distill", "evaluate"}  # all still there
 

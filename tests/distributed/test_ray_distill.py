@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from ipd_ray.artifacts import read_jsonl
-from ipd_ray.config import RuntimeConfig
 from ipd_ray.errors import TaskError
 from ipd_ray.steps import DistillJob, run_distill
 from ipd_ray.testing import ElasticJob, MortalJob, SlowJob
@@ -70,13 +69,27 @@ def test_two_workers_learn_as_one_and_survive_a_kill(ray_cluster, tiny_method, l
     assert one == pytest.approx(other, rel=0.02)  # of these two are sums over both workers' parts of the log
 
 
-def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are_killed(
+def is_that_of(work: Path, local: Path) -> None:
+    """Curve, policy and names of files are the same."""
+    assert steps(work) == STEPS
+    assert losses(work).tolist() == losses(local).tolist()
+    assert digest(work) == digest(local)
+    assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
+
+
+def test_one_worker_is_the_local_engine_bit_for_bit_though_it_is_killed(
     ray_cluster: str, tiny_method, local: Path, tmp_path: Path
 ):
-    """The driver is killed near update 18; a new one goes on, and loses its worker in update 44."""
-    from ipd_ray.distributed.engine import RayEngine
-
     work, died = tmp_path / "work", tmp_path / "died"
+    on_ray(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44))
+    assert died.exists()
+    is_that_of(work, local)
+
+
+@pytest.mark.slow
+def test_a_new_driver_goes_on_where_one_was_killed(ray_cluster: str, tiny_method, local: Path, tmp_path: Path):
+    """Killed near update 18."""
+    work = tmp_path / "work"
     (tmp_path / "job").write_bytes(pickle.dumps(tiny_method.job(work, SlowJob, every=1e-6, seconds=0.1)))
     script = (
         "import pickle, ray\n"
@@ -94,15 +107,10 @@ def test_one_worker_is_the_local_engine_bit_for_bit_though_driver_and_worker_are
         driver.wait()
     seen = {row["step"]: row["time"] for row in read_jsonl(work / "metrics.jsonl")}
     assert 6 <= len(seen) <= 13 and not (work / "result.json").exists()
-    engine = RayEngine(RuntimeConfig(engine="ray", train_threads=1), "cpu")
-    engine.distill(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44), lambda: None)
-    assert died.exists()
-    assert steps(work) == STEPS
-    assert losses(work).tolist() == losses(local).tolist()
-    assert digest(work) == digest(local)
+    on_ray(tiny_method.job(work, every=1e-6))
+    is_that_of(work, local)
     kept = [row["step"] for row in read_jsonl(work / "metrics.jsonl") if seen.get(row["step"]) == row["time"]]
     assert len(kept) >= 3  # it went on, rather than start again
-    assert sorted(p.name for p in work.iterdir()) == sorted(p.name for p in local.iterdir())  # nothing of Ray is left
 
 
 def test_a_corpus_that_cannot_be_made_is_told_and_no_worker_starts(ray_cluster, tiny_method, tmp_path: Path):

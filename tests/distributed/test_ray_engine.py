@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import LOG, SETTINGS, ipd_ray, write_log
+from small_runs import LOG, SETTINGS, OneProcess, ipd_ray, write_log
 
-from ipd_ray import run, testing
+from ipd_ray import api, run, testing
 from ipd_ray.artifacts import Artifact
 from ipd_ray.config import RuntimeConfig, load
 from ipd_ray.engine import Engine, LocalEngine, Task
@@ -80,22 +80,31 @@ def test_two_runs_at_once_share_the_cluster_and_come_to_what_each_comes_to_alone
             assert RunFolder(tmp_path / "ray" / name).artifact("evaluate")
 
 
-def test_an_actor_and_what_it_imagines_are_the_same_whoever_makes_them(
-    ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("without_report")
+@pytest.mark.parametrize(
+    ("until", "made"),
+    [("imagine", ("actor", "imagine")), pytest.param("distill", ("walk:1", "distill"), marks=pytest.mark.slow)],
+)
+def test_what_comes_of_an_actor_is_the_same_whoever_makes_it(
+    until: str, made: tuple[str, ...], ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     write_log(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    small = ["planner.kind=actor", "actor.reaches=[0.2, 0.1]", "actor.rounds=2", "actor.starts=20", "actor.length=5",
-             "actor.value_updates=4", "actor.updates=4", "correct.walks=4", "correct.length=6",
-             "correct.rounds=1", "choose.without_imagination=false"]  # fmt: skip
-    run(LOG, load(overrides=[*SETTINGS, *small]), run_dir=tmp_path / "local" / "run", until="world_model")
-    shutil.copytree(tmp_path / "local" / "store", tmp_path / "ray" / "store")
-    engines = {"ray": ["runtime.engine=ray", f"runtime.address={ray_cluster}", "runtime.actors=1"], "local": []}
-    for name, words in engines.items():
-        config = load(overrides=[*SETTINGS, *small, *words])
-        run(LOG, config, run_dir=tmp_path / name / "run", until="distill")
-    for part in ("actor", "imagine", "walk:1", "distill"):
-        one, other = (Artifact(RunFolder(tmp_path / name / "run").artifact(part)) for name in engines)
+    words = [
+        *SETTINGS, "planner.kind=actor", "actor.reaches=[0.2]", "actor.rounds=2", "actor.starts=20", "actor.length=5",
+        "actor.value_updates=4", "actor.updates=4", "correct.walks=4", "correct.length=6", "correct.rounds=1",
+        "choose.without_imagination=false",
+    ]  # fmt: skip
+    here, there = tmp_path / "here", tmp_path / "there"
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "make_engine", lambda *_: OneProcess())
+        run(LOG, load(overrides=words), run_dir=here / "run", until="world_model")
+        shutil.copytree(here / "store", there / "store")
+        run(LOG, load(overrides=words), run_dir=here / "run", until=until)
+    on_ray = ["runtime.engine=ray", f"runtime.address={ray_cluster}", "runtime.actors=1"]
+    run(LOG, load(overrides=[*words, *on_ray]), run_dir=there / "run", until=until)
+    for part in made:
+        one, other = (Artifact(RunFolder(place / "run").artifact(part)) for place in (here, there))
         assert one.digest == other.digest, part
 
 
