@@ -19,7 +19,7 @@ demo: $(VENV)/.installed ## Install what is missing, collect a small dataset, ru
 
 test: export WANDB_MODE := offline
 test: $(VENV)/.installed-dev ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=10
 
 check: $(VENV)/.installed-dev ## Lint, types, import contracts
 	$(BIN)/ruff check .
