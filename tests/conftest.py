@@ -22,7 +22,6 @@ import pytest
 from small_runs import OneProcess, open_bucket
 
 import ipd_ray.api
-import ipd_ray.report
 from ipd_ray import testing
 from ipd_ray.artifacts import Store
 from ipd_ray.config import (
@@ -167,7 +166,7 @@ def one_process() -> Iterator[None]:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave an empty page where reports are not what a test is about: its figures take seconds."""
-    monkeypatch.setattr(ipd_ray.report, "build_report", lambda runs, path: path.write_text(""))
+    monkeypatch.setattr("ipd_ray.report.build_report", lambda runs, path: path.write_text(""))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ipd_ray.artifacts import read_jsonl
+from ipd_ray.config import RuntimeConfig
 from ipd_ray.errors import TaskError
 from ipd_ray.steps import DistillJob, run_distill
 from ipd_ray.testing import ElasticJob, MortalJob, SlowJob
@@ -80,8 +81,11 @@ def is_that_of(work: Path, local: Path) -> None:
 def test_one_worker_is_the_local_engine_bit_for_bit_though_it_is_killed(
     ray_cluster: str, tiny_method, local: Path, tmp_path: Path
 ):
+    from ipd_ray.distributed.engine import RayEngine
+
     work, died = tmp_path / "work", tmp_path / "died"
-    on_ray(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44))
+    engine = RayEngine(RuntimeConfig(engine="ray", train_threads=1), "cpu")
+    engine.distill(tiny_method.job(work, MortalJob, every=1e-6, marker=str(died), rank=0, step=44), lambda: None)
     assert died.exists()
     is_that_of(work, local)
 
