@@ -47,9 +47,9 @@ $(VENV)/.installed: setup.py constraints.txt | $(BIN)/pip
 	@$(PIP_INSTALL) -e '.[mujoco,tensorboard]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: setup.py constraints.txt | $(BIN)/pip
 	@$(PIP_INSTALL) -e '.[mujoco,tensorboard,bench,dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 # Of its own, since d3rlpy pins Gymnasium.
 .venv-peers/.installed: benchmarks/scores/peers-constraints.txt

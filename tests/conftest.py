@@ -9,6 +9,7 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.05", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="180", WANDB_MODE="offline",
     MUJOCO_GL="disable", RAY_worker_niceness="0",  # beside other tests Ray's workers, nice by 15, would hardly run
+    OMP_NUM_THREADS="1",  # each process has a core; sums that ask for threads set them
 )
 
 import signal

@@ -30,6 +30,7 @@ SETTINGS = [
     "distill.updates=40", "distill.batch_size=16", "distill.warmup=5", "distill.eta=0.5",
     "choose.episodes=4", "choose.length=20",
     "evaluate.episodes=2", "evaluate.max_steps=30", "runtime.train_threads=1",
+    "runtime.actors=1",  # each more would import torch first
 ]
 
 

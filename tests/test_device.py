@@ -96,7 +96,7 @@ def method(folder: Path, config: RunConfig) -> dict[str, str]:
 
 @pytest.mark.usefixtures("without_report")
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[] if name in ("actor", "gradient") else pytest.mark.slow) for name in METHODS
+    pytest.param(name, marks=[] if name == "actor" else pytest.mark.slow) for name in METHODS
 ])  # fmt: skip
 def test_a_run_on_cuda_that_was_cut_off_everywhere_equals_one_on_the_cpu(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,10 +16,12 @@ from ipd_ray.api import plan, run
 from ipd_ray.artifacts import Artifact, read_jsonl
 from ipd_ray.config import load
 
-SLOW = [  # enough of every step to be killed in its middle
-    *SETTINGS, "values.updates=600", "world_model.max_updates=300", "select.starts=60", "imagine.shard_size=2",
-    "distill.updates=400", "evaluate.max_steps=200", "evaluate.episodes=6", "runtime.checkpoint_seconds=0.1",
-]
+ENOUGH = {  # of a step to be killed in its middle
+    "values": ["values.updates=600", "world_model.max_updates=300"],
+    "imagine": ["select.starts=60", "imagine.shard_size=2"],
+    "distill": ["distill.updates=400"],
+    "evaluate": ["evaluate.max_steps=200", "evaluate.episodes=6"],
+}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -59,9 +61,10 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
         "values": "values/*/checkpoint.safetensors", "imagine": "imagine/*/shard-*.json",
         "distill": "distill/*/checkpoint.safetensors", "evaluate": "evaluate/*/lease.json",
     }
+    words = [*SETTINGS, *(word for step in steps for word in ENOUGH[step]), "runtime.checkpoint_seconds=0.1"]
     killed_in = []
     for step in steps:
-        process = _start(place, *SLOW, "--run-dir", f"{name}/mine")
+        process = _start(place, *words, "--run-dir", f"{name}/mine")
         while process.poll() is None and not any(store.glob(begun[step])):
             time.sleep(0.005)
         assert process.poll() is None, f"{step}: over before it could be killed: {process.communicate()[1]}"
@@ -70,12 +73,12 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
         if not any(store.glob(f"{step}/*/artifact.json")):
             killed_in.append(step)
     assert len(killed_in) >= min(len(steps), 3), killed_in  # the shortest may have slipped through
-    process = _start(place, *SLOW, "--run-dir", f"{name}/mine")
+    process = _start(place, *words, "--run-dir", f"{name}/mine")
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(place / "minari"))
-    undisturbed = place / "undisturbed" / "mine"  # all of it in this process
-    run(LOG, load(overrides=SLOW), run_dir=undisturbed)
+    undisturbed = place / f"{name}-undisturbed" / "mine"  # all of it in this process
+    run(LOG, load(overrides=words), run_dir=undisturbed)
     assert _digests(place / name / "mine") == _digests(undisturbed)
     assert _curves(place / name / "mine") == _curves(undisturbed)
 
@@ -85,7 +88,9 @@ def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
     place: Path, number: signal.Signals, code: int
 ) -> None:
     name = f"interrupted-{code}"
-    more = ["values.updates=1000000", "runtime.checkpoint_seconds=0.1", "--run-dir", f"{name}/mine"]
+    more = [
+        "values.updates=1000000", "runtime.checkpoint_seconds=0.1", "runtime.actors=2", "--run-dir", f"{name}/mine",
+    ]
     process = _start(place, *SETTINGS, *more)
     while not any((place / name / "store").glob("values/*/checkpoint.safetensors")):
         assert process.poll() is None, process.communicate()[1]

@@ -93,9 +93,12 @@ def write(root: Path, kind: Kind) -> str:
     ("name", "planner"), [*((name, "actor") for name in KINDS), ("Dict", "mpc"), ("constant columns", "mpc")]
 )
 def test_the_method_learns_plans_and_chooses(
-    name: str, planner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, planner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ):
     kind = KINDS[name]
+    drawn = planner == "mpc" or kind.terminates  # a report takes as long as the rest
+    if not drawn:
+        request.getfixturevalue("without_report")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     dataset = write(tmp_path / "minari", kind)
     words = [*SETTINGS, "accept.range_margin=0.5", "imagine.length=8", "accept.margin=null"]
@@ -112,4 +115,5 @@ def test_the_method_learns_plans_and_chooses(
     policy = Policy.load(folder)
     one = kind.space.sample()
     assert policy.act(one).shape == (1,)
-    assert (found.path / "report.html").exists()
+    if drawn:
+        assert "<svg" in (found.path / "report.html").read_text()

@@ -35,6 +35,7 @@ if __name__ == "__main__":
 '''
 
 
+@pytest.mark.slow
 def test_what_one_node_cannot_do_is_told_of_that_node(tmp_path: Path) -> None:
     """Three nodes with a CPU each: one is well, one cannot write, one has a broken ipd_ray; nine actors never fit."""
     (tmp_path / "broken" / "ipd_ray").mkdir(parents=True)
