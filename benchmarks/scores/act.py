@@ -2,6 +2,7 @@
 behaviour policy that it starts from.
 
     python benchmarks/scores/act.py RUN_FOLDER [--vary planner.horizon=8] [--vary "planner.kind=mpc"] [--episodes 10]
+                                    [--inside 10]
 
 RUN_FOLDER is a folder of `ipd-ray run` whose values and world model are in its store. A policy that is distilled from
 plans can hardly be better than the planner: where this number is below the behaviour policy's, imagination cannot pay.
@@ -23,6 +24,7 @@ from ipd_ray.data.transitions import Log
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import evaluate
 from ipd_ray.imagine.planner import plan
+from ipd_ray.pipeline import inside_of, judge_of
 from ipd_ray.runs import open_run
 from ipd_ray.steps import actor_of, values_of, world_model_of
 from ipd_ray.training import set_threads
@@ -42,7 +44,10 @@ class Acting:
         """Nothing is remembered."""
 
     def act(self, observation: Any, reward: Any = None) -> Any:
-        s = torch.from_numpy(self.spec.flatten_observation(observation))
+        return self.act_flat(self.spec.flatten_observation(observation))
+
+    def act_flat(self, observation: Any, reward: Any = None) -> Any:
+        s = torch.from_numpy(observation)
         if self._planner is None:
             return self.spec.unscale_action(self._acts.act(s).numpy())
         planned = plan(
@@ -61,6 +66,7 @@ def main() -> None:
     parser.add_argument("run", help="a run folder whose values and world model are there")
     parser.add_argument("--vary", action="append", default=[], help="settings of one planner, separated by blanks")
     parser.add_argument("--episodes", type=int, default=10)
+    parser.add_argument("--inside", type=int, default=0, help="whole episodes inside the world model beside")
     args = parser.parse_args()
     set_threads(1)
     run = open_run(args.run)
@@ -77,7 +83,13 @@ def main() -> None:
         if planner is not None and planner.kind == "actor":
             continue
         acts = actor_of(str(run.artifact("actor")), "cpu") if name == "actor" else None
-        found = evaluate(Acting(log, values, world_model, planner, acts), EvaluateConfig(episodes=args.episodes))
+        acting = Acting(log, values, world_model, planner, acts)
+        found = evaluate(acting, EvaluateConfig(episodes=args.episodes))
+        if args.inside:
+            judge = judge_of(config).model_copy(update={"episodes": args.inside})
+            inside = inside_of(config, judge, job.log, str(run.artifact("world_model")))
+            returns, _, halted = inside.play(acting, "cpu")
+            print(f"{name}, inside the world model: {returns.mean():.0f}, {100 * halted:.0f} % halted", flush=True)
         print(
             f"{name}: return {found['return_mean']:.0f} +- {found['return_std']:.0f} (std over episodes), "
             f"discounted {found['discounted_mean']:.0f}, {sum(found['lengths']) / len(found['lengths']):.0f} steps",
