@@ -115,5 +115,6 @@ def test_the_method_learns_plans_and_chooses(
     policy = Policy.load(folder)
     one = kind.space.sample()
     assert policy.act(one).shape == (1,)
+    assert (found.path / "report.html").exists()
     if drawn:
         assert "<svg" in (found.path / "report.html").read_text()

@@ -79,6 +79,8 @@ def main() -> None:
         planners[f"planner {words}".strip()] = changed.planner
     if "actor" in run.links:
         planners["actor"] = None
+    judge = judge_of(config).model_copy(update={"episodes": args.inside or 1})
+    inside = inside_of(config, judge, job.log, str(run.artifact("world_model")))
     for name, planner in planners.items():
         if planner is not None and planner.kind == "actor":
             continue
@@ -86,8 +88,6 @@ def main() -> None:
         acting = Acting(log, values, world_model, planner, acts)
         found = evaluate(acting, EvaluateConfig(episodes=args.episodes))
         if args.inside:
-            judge = judge_of(config).model_copy(update={"episodes": args.inside})
-            inside = inside_of(config, judge, job.log, str(run.artifact("world_model")))
             returns, _, halted = inside.play(acting, "cpu")
             print(f"{name}, inside the world model: {returns.mean():.0f}, {100 * halted:.0f} % halted", flush=True)
         print(

@@ -26,7 +26,7 @@ from ipd_ray.api import job_of
 from ipd_ray.config import EvaluateConfig, build
 from ipd_ray.errors import UserError
 from ipd_ray.evaluate.episodes import evaluate
-from ipd_ray.imagine.actor import Actor, Rollouts
+from ipd_ray.imagine.actor import Actor, Rollouts, behaviour_policy
 from ipd_ray.imagine.planner import plan, plan_score
 from ipd_ray.pipeline import inside_of, judge_of
 from ipd_ray.runs import open_run
@@ -44,17 +44,9 @@ BATCH, RATE, DECAY = 256, 1e-3, 0.998
 
 def network(rollouts: Rollouts, width: int, layers: int, reach: float) -> Actor:
     """An actor that is the behaviour policy, with a change of any size to learn."""
-    values = rollouts.values
-    behaviour = values.behaviour_net
-    sizes = {"width": behaviour.out.weight.shape[1], "layers": len(behaviour.hidden)}
+    actor = behaviour_policy(rollouts, reach)
     o, a = rollouts.observation.shape[1], rollouts.log.transitions.spec.action_dim
-    actor = Actor(o, a, reach=reach, **sizes)
-    actor.behaviour_net.load_state_dict(behaviour.state_dict())
     actor.change_net = Actor(o, a, width=width, layers=layers, reach=reach).change_net
-    for name in ("observation_mean", "observation_std"):
-        getattr(actor, name).copy_(getattr(values, name))
-    actor.action_unit.copy_(torch.from_numpy(rollouts.log.action_unit))
-    actor.behaviour_net.requires_grad_(False)
     return actor
 
 
@@ -69,12 +61,14 @@ def learn(
     reached, spread = rollouts.observation, float(rollouts.v.std())
     for i in range(updates):
         if i % RENEWED == 0:
-            s = rollouts.starts(rollouts.rng(i), first=POOL // 10, frontier=POOL * 2 // 5, anywhere=POOL // 2)
+            rows = rollouts.rows(POOL)
+            first, frontier = rows // 10, 2 * rows // 5
+            s = rollouts.starts(rollouts.rng(i), first=first, frontier=frontier, anywhere=rows - first - frontier)
             s = s[torch.randperm(len(s))]
             generator = torch.Generator().manual_seed(i)
             reached = rollouts.walk(lambda s, _: average.act(s), s, LENGTH, generator).states
-        rows = [pool[torch.randint(len(pool), (BATCH // 2,))] for pool in (rollouts.observation, reached)]
-        states = torch.cat(rows)[torch.randperm(BATCH)][: BATCH // E * E]
+        drawn = [pool[torch.randint(len(pool), (BATCH // 2,))] for pool in (rollouts.observation, reached)]
+        states = torch.cat(drawn)[torch.randperm(BATCH)][: BATCH // E * E]
         optimizer.param_groups[0]["lr"] = RATE * (0.51 + 0.49 * math.cos(math.pi * i / updates))
         optimizer.zero_grad(set_to_none=True)
         (-score(states.reshape(E, -1, states.shape[-1]), actor).mean() / spread).backward()

@@ -209,7 +209,7 @@ class ActorTrainer:
         config, log, values = rollouts.config, rollouts.log, rollouts.values
         self._discount = max(config.discount, log.discount)
         torch.manual_seed(rollouts.seed + 3)
-        self.actor = _behaviour_policy(rollouts, reach)
+        self.actor = behaviour_policy(rollouts, reach)
         self.best = copy.deepcopy(self.actor)
         """The actor that is kept."""
         self.behaviour_return = self.best_return = judge(self.best)
@@ -333,7 +333,7 @@ class ActorTrainer:
         self._ends = tensors["ends"].to(self._device)
 
 
-def _behaviour_policy(rollouts: Rollouts, reach: float) -> Actor:
+def behaviour_policy(rollouts: Rollouts, reach: float) -> Actor:
     """Return an actor that is the behaviour policy."""
     t, values = rollouts.log.transitions, rollouts.values
     net = values.behaviour_net
