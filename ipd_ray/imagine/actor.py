@@ -30,7 +30,7 @@ from ipd_ray.world_model.uncertainty import Trust, ensemble_uncertainty
 
 VERSION = 4
 """Of an actor of one reach."""
-TAKEN_VERSION = 7
+TAKEN_VERSION = 8
 """Of the one that is taken."""
 _STREAM = 33
 _BATCH = 512
@@ -44,7 +44,7 @@ _FRONTIER = 0.3
 _WORST = 0.001
 """Quantile of the log's V that a state beyond what is known is worth at most."""
 _SHARE = 0.85
-"""Of the best gain over the behaviour policy inside the world model: such a reach counts as equally good."""
+"""Of a gain over the behaviour policy inside the world model: a larger reach that gains less is not supported."""
 
 
 class Actor(nn.Module):
@@ -360,13 +360,19 @@ def load_actor(tensors: Mapping[str, Tensor], described: Mapping[str, Any], devi
 
 
 def best_reach(found: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the reach to take: the largest where it gains nearly as much as the best inside the world model, else
-    the best.
+    """Index of the reach to take: the largest, or where one gains less by far inside the world model than a smaller
+    one, the best of those below it.
 
-    What has more room to act can correct more where the world is not as the model says. Where the log does not support
-    the largest reach it gains less by far; then one that lies between goes to the edge of what is supported, and
-    nothing inside the model tells that from safety (docs/notes.md). found: diagnostics of the reaches.
+    What has more room to act can correct more where the world is not as the model says, and holds what has less: that
+    it gains less tells that the log does not support it, and what still larger ones seem to gain is the model's error.
+    A reach that lies between goes to the edge of what is supported, and nothing inside the model tells that from
+    safety (docs/notes.md). found: diagnostics of the reaches.
     """
     gain = [d["return_mean"] - d["behaviour_return"] for d in found]
-    largest, best = (max(range(len(found)), key=by.__getitem__) for by in ([d["reach"] for d in found], gain))
-    return largest if gain[largest] >= _SHARE * gain[best] else best
+    rising = sorted(range(len(found)), key=lambda i: found[i]["reach"])
+    best = rising[0]
+    for i in rising[1:]:
+        if gain[i] < _SHARE * gain[best]:
+            return best
+        best = max(best, i, key=gain.__getitem__)
+    return rising[-1]
