@@ -59,7 +59,10 @@ def test_killed_worker_loses_no_task_and_a_poison_task_is_set_aside(engine: Loca
 
 @pytest.mark.parametrize(
     ("function", "value", "said"),
-    [(os._exit, {"status": 7}, "exit code 7"), (testing.die, {"number": signal.SIGTERM}, "signal 15 (Terminated)")],
+    [
+        (os._exit, {"status": 7}, "exit code 7"),
+        pytest.param(testing.die, {"number": signal.SIGTERM}, "signal 15 (Terminated)", marks=pytest.mark.slow),
+    ],
 )
 def test_how_a_worker_died_is_said(engine: LocalEngine, function: Callable[..., Any], value: dict[str, int], said: str):
     with pytest.raises(TaskError, match=rf"values: its worker died 3 times: {re.escape(said)}$"):

@@ -83,7 +83,9 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
     assert _curves(place / name / "mine") == _curves(undisturbed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_leaves_no_process_and_says_how_to_go_on(
     place: Path, number: signal.Signals, code: int
 ) -> None:
