@@ -26,20 +26,16 @@ from ipd_ray.imagine.planner import CACHED_ROWS, GRADIENT_ROWS
 from ipd_ray.pipeline import TO_COME, Context, Part, corrections, judge_of, state_of, train_threads
 from ipd_ray.storage import METRICS
 
-EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4}
-"""Share of the matrix product's rate that a step's operations reach."""
-OPERATIONS = {"values": 700, "world_model": 200, "actor": 400, "distill": 1200}
-"""Small operations an update."""
+EFFICIENCY = {"values": 0.4, "world_model": 0.36, "actor": 0.4, "imagine": 0.6, "distill": 0.4, "act": 0.5}
+"""Share of the matrix product's rate that a step's operations reach; act: of a policy that acts."""
+OPERATIONS = {"values": 700, "world_model": 200, "actor": 400, "distill": 1200, "act": 300}
+"""Small operations an update, or a step of episodes side by side."""
 SECOND_CORE = 0.8
 """What each further thread of distillation adds, in threads."""
 STARTUP_SECONDS = 3.0
 """A worker process until it works."""
 ENVIRONMENT_SECONDS = 1e-4
 """One step of one environment."""
-IMAGINED_SECONDS = 7e-5
-"""One imagined step of one episode, the policy's forward pass included."""
-ACT_SECONDS = 4e-3
-"""One forward pass of the policy for all environments."""
 MEASURE_SECONDS = 0.06
 """Of one measurement."""
 _SIDE_BY_SIDE = {"values": "first", "world_model": "first", "reach": "reaches"}
@@ -321,9 +317,9 @@ def operations(step: str, config: RunConfig, sizes: Sizes) -> float:
         mean = w.model - config.world_model.width * (sizes.observation + 1)  # the variance is not asked for
         depth = planner.horizon
         return 2.0 * (w.behaviour + plans * (depth * (mean + w.termination) + (depth - 1) * w.behaviour + w.v))
-    p, d, tokens = config.policy, config.distill, _tokens(config)
-    flops = 6.0 * d.batch_size * tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
-    return flops + (8.0 * d.batch_size * p.context * w.q if d.eta > 0 else 0.0)
+    d = config.distill
+    flops = 6.0 * d.batch_size * _policy_weights(config)
+    return flops + (8.0 * d.batch_size * config.policy.context * w.q if d.eta > 0 else 0.0)
 
 
 def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
@@ -348,7 +344,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         walked = (elites + 1) * w.model + w.termination + w.actor
         rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
-        played = sizes.within(judge_of(config).length) * (ACT_SECONDS + a.episodes * IMAGINED_SECONDS)
+        played = sizes.within(judge_of(config).length) * _imagined_step(a.episodes, config, w, speed)
         return a.rounds * (climbed + rolled + learned + played)
     if step == "imagine":
         elites = config.world_model.elites
@@ -356,20 +352,46 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
         return _starts(config, sizes) * sizes.within(config.imagine.length) * planned / rate
     if step == "walk":
-        return sizes.within(config.correct.length) * (ACT_SECONDS + config.correct.walks * IMAGINED_SECONDS)
+        c = config.correct
+        each = _policy_step(c.walks, config, speed) + _imagined_step(c.walks, config, w, speed)
+        return sizes.within(c.length) * each
     if step == "distill":
         p, d = config.policy, config.distill
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * _tokens(config), p.width) * threads
         return d.updates * _update("distill", operations("distill", config, sizes), rate, speed)
     if step == "choose":
-        policies = config.distill.snapshots * (2 if config.choose.without_imagination else 1)
-        return policies * sizes.within(config.choose.length) * (ACT_SECONDS + config.choose.episodes * IMAGINED_SECONDS)
+        c = config.choose
+        policies = config.distill.snapshots * (2 if c.without_imagination else 1)
+        each = _policy_step(c.episodes, config, speed) + _imagined_step(c.episodes, config, w, speed)
+        return policies * sizes.within(c.length) * each
     if step == "fitted_q":
         v = config.values
         flops = 2.0 * v.batch_size * 2 * w.q * 4  # target, forward; Q, forward and back
         return config.fitted_q.updates * _update("values", flops, speed.product(2, v.batch_size, v.width), speed)
-    return config.distill.snapshots * sizes.horizon * (ACT_SECONDS + config.evaluate.episodes * ENVIRONMENT_SECONDS)
+    episodes = config.evaluate.episodes
+    each = _policy_step(episodes, config, speed) + episodes * ENVIRONMENT_SECONDS
+    return config.distill.snapshots * sizes.horizon * each
+
+
+def _policy_step(episodes: int, config: RunConfig, speed: Speed) -> float:
+    """Seconds that the policy takes to act in so many episodes: the window is read anew at each step."""
+    p, tokens = config.policy, _tokens(config)
+    rate = speed.product(1, episodes * tokens, p.width)
+    return _update("act", 2.0 * episodes * _policy_weights(config), rate, speed)
+
+
+def _imagined_step(episodes: int, config: RunConfig, w: _Weights, speed: Speed) -> float:
+    """Seconds of a step of so many episodes inside the world model: all elites say U, an actor acts or corrects."""
+    elites = config.world_model.elites
+    rate = speed.product(elites, max(1, episodes // elites), config.world_model.width)
+    return _update("act", 2.0 * episodes * ((elites + 1) * w.model + w.termination + w.actor), rate, speed)
+
+
+def _policy_weights(config: RunConfig) -> int:
+    """Multiply-adds of the Transformer for one window."""
+    p, tokens = config.policy, _tokens(config)
+    return tokens * p.layers * (12 * p.width**2 + 2 * tokens * p.width)
 
 
 def _tokens(config: RunConfig) -> int:

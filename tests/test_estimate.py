@@ -1,4 +1,4 @@
-"""What an estimate says of memory, against what is held."""
+"""What an estimate says of memory and operations, against what is held and counted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from method_fixtures import counting_log, log_of, segments_of
+from torch.utils.flop_counter import FlopCounterMode
 
 from ipd_ray.config import RunConfig, build
+from ipd_ray.distill.policy import TransformerPolicy
 from ipd_ray.distill.windows import Prompts, Windows, flatten
-from ipd_ray.estimate import Sizes, _corpus_bytes, _memory, _starts, _together
+from ipd_ray.estimate import Sizes, _corpus_bytes, _memory, _policy_weights, _starts, _together
 from ipd_ray.imagine.rollout import segment_length
 from ipd_ray.imagine.select import select_starts
 
@@ -72,3 +75,16 @@ def test_what_is_made_side_by_side_takes_as_long_as_the_longest(processes: int, 
              "reach:0.3": (4, 70), "actor": (2, 5), "imagine": (9, 40), "distill": (8, 60)}  # fmt: skip
     rows = [{"step": step, "seconds": s, "memory": m} for step, (s, m) in steps.items()]
     assert _together(rows, processes) == (seconds, memory)
+
+
+@pytest.mark.parametrize("tokens", ["step", "separate"])
+def test_a_policy_that_acts_costs_what_torch_counts(tokens: str):
+    c = config(**{"policy.tokens": tokens, "policy.layers": 2, "policy.width": 64})
+    policy = TransformerPolicy(11, 3, c.policy, prompted=True).eval()
+    rows, K = 20, c.policy.context
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        policy(
+            torch.zeros(rows, K), torch.zeros(rows, K, 11), torch.zeros(rows, K, 3),
+            torch.zeros(rows, K, dtype=torch.long), torch.ones(rows, K, dtype=torch.bool),
+        )  # fmt: skip
+    assert 2 * rows * _policy_weights(c) == pytest.approx(counted.get_total_flops(), rel=0.1)

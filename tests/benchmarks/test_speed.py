@@ -16,6 +16,7 @@ import torch
 from contest import Contestant, Missing, Ratio, interleave
 from logs import made_up
 from stages import STAGES, Entry, Goal, Stage
+from torch.utils.flop_counter import FlopCounterMode
 
 SPEED = Path(bench.__file__).parent
 
@@ -147,6 +148,30 @@ def test_our_contestants_do_what_they_count(name: str, monkeypatch: pytest.Monke
     work = ours.CONTESTANTS[name](SMALL)
     expected = {"plan": 3, "distill": 8, **UNITS}[name]
     assert work.run(1) == expected
+
+
+COUNTED = {
+    **SMALL, "candidates": 64, "members": 4, "horizon": 3, "states": 16, "layers": 2, "width": 64, "context": 10,
+    "batch": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("values", COUNTED), ("world_model", COUNTED), ("plan", COUNTED), ("distill", COUNTED),
+        ("distill", {**COUNTED, "tokens": "separate"}),
+    ],
+)  # fmt: skip
+def test_the_share_of_the_limit_stands_on_the_operations_that_torch_counts(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ours, "STEPS", 1000)
+    work = ours.CONTESTANTS[name](options)
+    work.run(1)
+    with FlopCounterMode(display=False) as counted:
+        items = work.run(2)
+    assert work.about["flops"] * items == pytest.approx(counted.get_total_flops(), rel=0.1)
 
 
 def test_the_baseline_plans_as_the_planner_does(monkeypatch: pytest.MonkeyPatch):
