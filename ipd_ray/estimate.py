@@ -352,19 +352,19 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rate = EFFICIENCY["imagine"] * speed.product(elites, CACHED_ROWS // elites, config.world_model.width)
         return _starts(config, sizes) * sizes.within(config.imagine.length) * planned / rate
     if step == "walk":
-        c = config.correct
-        each = _policy_step(c.walks, config, speed) + _imagined_step(c.walks, config, w, speed)
-        return sizes.within(c.length) * each
+        walks = config.correct.walks
+        each = _policy_step(walks, config, speed) + _imagined_step(walks, config, w, speed)
+        return sizes.within(config.correct.length) * each
     if step == "distill":
         p, d = config.policy, config.distill
         threads = 1 + SECOND_CORE * (train_threads(config) - 1)
         rate = speed.product(1, d.batch_size * _tokens(config), p.width) * threads
         return d.updates * _update("distill", operations("distill", config, sizes), rate, speed)
     if step == "choose":
-        c = config.choose
-        policies = config.distill.snapshots * (2 if c.without_imagination else 1)
-        each = _policy_step(c.episodes, config, speed) + _imagined_step(c.episodes, config, w, speed)
-        return policies * sizes.within(c.length) * each
+        played = config.choose.episodes
+        policies = config.distill.snapshots * (2 if config.choose.without_imagination else 1)
+        each = _policy_step(played, config, speed) + _imagined_step(played, config, w, speed)
+        return policies * sizes.within(config.choose.length) * each
     if step == "fitted_q":
         v = config.values
         flops = 2.0 * v.batch_size * 2 * w.q * 4  # target, forward; Q, forward and back
