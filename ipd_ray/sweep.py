@@ -90,7 +90,8 @@ class Question(Section):
     """Runs of each point, with seeds that count on from the config's `seed`. A trial is one of them."""
     scheduler: Literal["none", "asha"] = "none"
     """asha: at a half, a quarter, ... of distill.updates only the better half of the trials goes on; the policies kept
-    there are compared, in the environment, or inside the world model where there is none."""
+    there are compared, in the environment, or inside the world model where there is none. Of a policy that is corrected
+    (`correct.rounds`) it is the first draft."""
     objective: Literal["auto", "return", "imagined", "fitted_q"] = "auto"
     """What is maximised. return: mean return of evaluation; fitted_q: value on held-out episodes, a proxy that needs no
     environment; imagined: return inside the world model, another one; auto: return where there is an environment, else

@@ -45,7 +45,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
-from ipd_ray.pipeline import Parts, inside_of
+from ipd_ray.pipeline import Parts, corrections, inside_of
 from ipd_ray.progress import NOTE, Listener
 from ipd_ray.runs import SUMMARY, RunFolder
 from ipd_ray.storage import Folder
@@ -639,18 +639,20 @@ class _Heard:
 class _Rungs(_Heard):
     """Scores the policies that distillation leaves on the way, and reports them: there the scheduler may end the trial.
 
-    In the environment; where there is none, inside the world model. The training goes on meanwhile.
+    In the environment; where there is none, inside the world model. The training goes on meanwhile. Of a policy that is
+    corrected its first draft is compared, which most of the updates go into.
     """
 
     def __init__(self, config: RunConfig, run: RunFolder):
         super().__init__()
         self._config, self._run = config, run
+        self._compared = "distill:draft-1" if corrections(config) else "distill"
         self._seen: set[str] = set()
 
     def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        if step != "distill":
+        if step != self._compared:
             return
-        folder = Folder.of(self._run.links["distill"]["path"])
+        folder = Folder.of(self._run.links[step]["path"])
         names = {name for name in folder.sizes() if name.startswith(SNAPSHOT)} - self._seen
         folder.pull(sorted(names))
         for name in sorted(names):

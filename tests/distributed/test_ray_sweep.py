@@ -16,12 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 from small_runs import LOG, SETTINGS, write_log
 
 from ipd_ray.config import build, load, parse_overrides
 from ipd_ray.errors import UserError
 from ipd_ray.progress import Listeners
+from ipd_ray.runs import RunFolder
 from ipd_ray.sweep import Question, Range, Sweep
 
 pytestmark = pytest.mark.ray
@@ -226,6 +228,24 @@ def test_the_scheduler_ends_a_trial_in_the_middle_of_distillation(done: tuple[Pa
     [begun] = [folder for folder in distilled if not (folder / "artifact.json").exists()]
     rows = [json.loads(line) for line in (begun / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] < 3000
+
+
+@pytest.mark.usefixtures("one_process", "without_report")
+def test_a_policy_that_is_corrected_is_compared_by_its_first_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # Corrections are short: a scheduler that waited for them would end trials that are nearly done.
+    from ipd_ray import run
+    from ipd_ray.distributed import sweep as sweeps
+
+    told: list[dict[str, float]] = []
+    monkeypatch.setattr(sweeps.tune, "report", told.append)
+    config = build({
+        **COMMON, "planner.kind": "actor", "actor.reaches": [0.3], "actor.rounds": 1, "actor.starts": 20,
+        "actor.length": 5, "actor.updates": 4, "actor.value_updates": 4, "correct.walks": 4, "correct.length": 6,
+    })
+    folder = tmp_path / "run"
+    run(LOG, config, run_dir=folder, listeners=[sweeps._Rungs(config, RunFolder(folder))])
+    assert [row["step"] for row in told] == [10, 20, 30]  # of 40 updates; each correction has 10
+    assert all(np.isfinite(row["score"]) for row in told)
 
 
 @pytest.mark.slow
