@@ -708,7 +708,8 @@ def tier_blocks(scores: Scores, pictures: Mapping[str, str]) -> list[Block]:
     else:
         blocks.append("No method has two seeds on every dataset yet: no aggregates and no intervals can be given.")
     if {"ladder", "peers"} & pictures.keys():
-        blocks.append("### Learning curves")
+        blocks += ["### Learning curves", "Of a policy that an actor corrects the updates of its last correction "
+                   "count: it begins where its drafts end."]
     _picture(blocks, pictures, "ladder", "Score against the share of updates, our ladder")
     _picture(blocks, pictures, "peers", "Score against the share of updates, peers")
     groups = variations(scores)
