@@ -410,8 +410,9 @@ class ChooseConfig(Section):
 
     episodes: NonNegativeInt = 200
     """Episodes that each candidate plays inside the world model. 0: the last policy of distillation is kept."""
-    length: PositiveInt = 500
-    """Imagined steps of each; no more than the log's limit of time, where it shows one."""
+    length: PositiveInt = 1000
+    """Imagined steps of each; no more than the log's limit of time, where it shows one. Whole episodes: half of one
+    prefers who is fast and falls later."""
     noise_std: Fraction = 0.1
     """Std of Gaussian noise on each action, in units of what the log's actions use of their bounds."""
     known: Annotated[float, Field(gt=0.0, le=1.0)] = 0.999
