@@ -186,7 +186,7 @@ def test_steps_say_that_their_workers_wait_for_room(place: Path, monkeypatch: py
     heard = Heard()
     run(LOG, settings("distill.eta=0.2"), run_dir=place / "runs" / "waits", until="choose", listeners=[heard])
     waiting = [note.partition(": ")[0] for note in heard.notes if "0 of 1 workers are up" in note]
-    assert waiting == ["distill", "distill:no_imagination", "choose"]
+    assert list(dict.fromkeys(waiting)) == ["distill", "distill:no_imagination", "choose"]  # a slow step says it again
 
 
 def test_filtering_at_reading_equals_imagining_anew_at_that_threshold(place: Path) -> None:
