@@ -341,8 +341,7 @@ def _seconds(step: str, config: RunConfig, sizes: Sizes, speed: Speed) -> float:
         rate = speed.product(elites, a.batch_size // elites, config.world_model.width)
         look = config.planner.horizon * (w.model + w.termination + w.actor) + w.v
         climbed = a.updates * _update("actor", 4.0 * a.batch_size * look, rate, speed)
-        walked = (elites + 1) * w.model + w.termination + w.actor
-        rolled = 2.0 * a.starts * a.length * walked / rate / EFFICIENCY["actor"]
+        rolled = 2.0 * a.starts * a.length * _imagined_weights(config, w) / rate / EFFICIENCY["actor"]
         learned = a.value_updates * _update("actor", 6.0 * 512 * w.v, rate, speed)
         played = sizes.within(judge_of(config).length) * _imagined_step(a.episodes, config, w, speed)
         return a.rounds * (climbed + rolled + learned + played)
@@ -382,10 +381,15 @@ def _policy_step(episodes: int, config: RunConfig, speed: Speed) -> float:
 
 
 def _imagined_step(episodes: int, config: RunConfig, w: _Weights, speed: Speed) -> float:
-    """Seconds of a step of so many episodes inside the world model: all elites say U, an actor acts or corrects."""
+    """Seconds of a step of so many episodes inside the world model."""
     elites = config.world_model.elites
     rate = speed.product(elites, max(1, episodes // elites), config.world_model.width)
-    return _update("act", 2.0 * episodes * ((elites + 1) * w.model + w.termination + w.actor), rate, speed)
+    return _update("act", 2.0 * episodes * _imagined_weights(config, w), rate, speed)
+
+
+def _imagined_weights(config: RunConfig, w: _Weights) -> int:
+    """Multiply-adds of a step inside the world model: one elite answers, all say U, an actor acts or corrects."""
+    return (config.world_model.elites + 1) * w.model + w.termination + w.actor
 
 
 def _policy_weights(config: RunConfig) -> int:

@@ -53,8 +53,6 @@ from ipd_ray.values import fit as values_fit
 from ipd_ray.world_model import fit as world_model_fit
 
 IMAGINE_VERSION = 6
-_JUDGED_STEPS = 1000
-"""Imagined steps of each episode by which actors are judged."""
 STEPS = ("values", "world_model", "reach", "actor", "imagine", "distill", "choose", "fitted_q", "evaluate")
 
 
@@ -101,6 +99,11 @@ def corrections(config: RunConfig) -> int:
     return config.correct.rounds if imitates else 0
 
 
+def draft_name(k: int) -> str:
+    """Of the policy that walks for the k-th time."""
+    return f"distill:draft-{k}"
+
+
 def correction(config: RunConfig) -> DistillConfig:
     """How the policy goes on after a walk."""
     return config.distill.model_copy(update={"updates": max(1, round(config.correct.updates * config.distill.updates))})
@@ -145,7 +148,7 @@ class Parts:
         self.walks: list[Part] = []
         """Where these drafts get to."""
         for k in range(1, corrections(c) + 1):
-            self.drafts.append(self._distilled(c, f"distill:draft-{k}", c.distill))
+            self.drafts.append(self._distilled(c, draft_name(k), c.distill))
             self.walks.append(self._walk(c, f"walk:{k}", learned))
         self.evaluate: dict[str, Part] = {}
         for variant, distill in variants(c).items():
@@ -365,11 +368,11 @@ def inside_of(config: RunConfig, judge: ChooseConfig, log: LogRef, world_model: 
 
 
 def judge_of(config: RunConfig) -> ChooseConfig:
-    """Whole episodes that actors play inside the world model: as policies do in step 6, in numbers of their own."""
+    """Whole episodes that actors play inside the world model: as policies do in step 6 where nothing else is asked for,
+    in numbers of their own."""
     return ChooseConfig(
-        episodes=config.actor.episodes, length=_JUDGED_STEPS, noise_std=config.choose.noise_std,
-        known=config.choose.known,
-    )  # fmt: skip
+        episodes=config.actor.episodes, noise_std=config.choose.noise_std, known=config.choose.known
+    )
 
 
 def imagine(context: Context) -> None:

@@ -45,7 +45,7 @@ from ipd_ray.evaluate.acting import Policy
 from ipd_ray.evaluate.episodes import NoEnvironment, arena_of, evaluate
 from ipd_ray.files import write_atomic
 from ipd_ray.lease import Lease
-from ipd_ray.pipeline import Parts, corrections, inside_of
+from ipd_ray.pipeline import Parts, corrections, draft_name, inside_of
 from ipd_ray.progress import NOTE, Listener
 from ipd_ray.runs import SUMMARY, RunFolder
 from ipd_ray.storage import Folder
@@ -646,7 +646,7 @@ class _Rungs(_Heard):
     def __init__(self, config: RunConfig, run: RunFolder):
         super().__init__()
         self._config, self._run = config, run
-        self._compared = "distill:draft-1" if corrections(config) else "distill"
+        self._compared = draft_name(1) if corrections(config) else "distill"
         self._seen: set[str] = set()
 
     def progress(self, step: str, done: int, total: int, metrics: Mapping[str, float]) -> None:

@@ -148,6 +148,7 @@ def test_the_round_that_does_best_is_kept_or_else_the_behaviour_policy(returns: 
         ({0.1: 30.0, 0.2: 28.0, 0.4: 27.4}, 0.4),  # of a gain of 20, 17.4 is nearly as much, 16.6 is not
         ({0.1: 30.0, 0.2: 27.4, 0.4: 26.6}, 0.1),  # and what lies between is not asked for
         ({0.1: 27.0, 0.2: 30.0, 0.4: 10.0}, 0.2),
+        ({0.4: 30.0, 0.2: 30.0}, 0.4),
         ({0.1: 30.0, 0.2: 15.0, 0.4: 31.0}, 0.1),  # more room that earns less: what still more earns is not believed
         ({0.4: 31.0, 0.1: 30.0, 0.2: 15.0}, 0.1),  # in whatever order
         ({0.1: 20.0, 0.2: 25.0, 0.4: 30.0}, 0.4),
